@@ -1,0 +1,48 @@
+"""Errors that a person can act on, as opposed to bugs.
+
+A `UserError` says what is wrong, where, and what to do about it. The command line prints it without
+a traceback and exits with code 2; in Python it is an ordinary exception. Anything else that escapes
+is a bug and keeps its traceback. This module is a leaf: it imports nothing of ours, so that every
+room may use it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the person can put right: a wrong name, a missing file, numbers that do not fit.
+
+    `str(error)` reads `where: what`, followed by an indented `fix` (every line of it) where one is
+    given.
+
+    Args:
+        what: one sentence about what is wrong.
+        where: the file, key or option it concerns, e.g. `prompts.txt:3`.
+        fix: what to do about it; may have several lines.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return "\n".join([head, *(f"    {line}" for line in self.fix.splitlines())])
+
+
+def did_you_mean(word: str, candidates: Iterable[str]) -> str | None:
+    """The candidate closest to `word` (case ignored), or None where nothing is close.
+
+    >>> did_you_mean("learning_rte", ["learning_rate", "steps"])
+    'learning_rate'
+    """
+    by_folded: dict[str, str] = {}
+    for candidate in candidates:
+        by_folded.setdefault(candidate.lower(), candidate)
+    close = difflib.get_close_matches(word.lower(), list(by_folded), n=1, cutoff=0.6)
+    return by_folded[close[0]] if close else None
