@@ -1,0 +1,192 @@
+"""The reward contract: what a scorer takes, what it gives back and what NaN means.
+
+A reward maps pictures (or clips) and their prompts to one number each, higher is better, on the
+raw scale that the scorer was published with; weighting and normalising happen elsewhere.
+
+The NaN rule: an item that could not be scored (a NaN pixel, an unreadable picture) scores NaN.
+It never becomes a silent 0, and it is taken out *before* any arithmetic, because NaN x 0 is NaN
+in the gradient too. A misconfiguration (wrong shape, missing prompt, pixels of 0..255) raises.
+
+This module imports torch only inside the functions that need it, so that the catalogue, the CLI
+and the config can use the names below without paying for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Modality = Literal["image", "video"]
+Scope = Literal["item", "group"]
+
+# Decoders overshoot [0, 1] by rounding; 0..255 or -1..1 pixels miss it by far more than this.
+PIXEL_TOLERANCE = 0.01
+
+
+class RewardError(Exception):
+    """A problem that the user can solve: what happened, where, and what to do.
+
+    `str(error)` is "where: what" and, when there is advice, every line of it indented below.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what, self.where, self.fix = what, where, fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        head = f"{self.where}: {self.what}" if self.where else self.what
+        return "\n".join([head, *(f"    {line}" for line in self.fix.splitlines())])
+
+
+@dataclass(frozen=True)
+class RewardInfo:
+    """What a scorer is, without loading it.
+
+    `range` is prose ("about 4 to 7"): published scales are observations, not bounds.
+    `scope` is "group" for judges that must see all samples of one prompt together.
+    """
+
+    name: str
+    modality: Modality
+    differentiable: bool
+    range: str
+    licence: str
+    source: str
+    scope: Scope = "item"
+    needs_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One number per item, and named sub-scores.
+
+    Args:
+        values: float32 [B], higher is better; NaN marks an item that could not be scored.
+        parts: name -> float32 [B], e.g. the terms that `values` is made of.
+    """
+
+    values: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Reward(Protocol):
+    """Anything with `info` and `score`. Scorers hold their models; nothing is global."""
+
+    @property
+    def info(self) -> RewardInfo: ...
+
+    def score(
+        self,
+        media: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Scores:
+        """Score float32 [B, 3, H, W] (video [B, F, 3, H, W]) in [0, 1] against B prompts."""
+        ...
+
+
+def check_scores(scores: Scores, count: int, name: str) -> Scores:
+    """Make sure that a scorer kept the contract; its values come back as float32 [count].
+
+    Raises:
+        RewardError: naming the reward, when it returned anything but `Scores` of `count` floats.
+    """
+    if not isinstance(scores, Scores):
+        raise RewardError(
+            f"returned {type(scores).__name__}, not reward_models.Scores",
+            where=f"reward {name}",
+            fix="return reward_models.Scores(values) with values a float tensor of shape [B]",
+        )
+    values = _check_vector(scores.values, count, name, "values")
+    parts = {
+        key: _check_vector(part, count, name, f"parts[{key!r}]")
+        for key, part in scores.parts.items()
+    }
+    return Scores(values, parts)
+
+
+def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> None:
+    """Refuse media that are not B pictures in [0, 1] with B prompts (NaN pixels are allowed).
+
+    Raises:
+        RewardError: naming the reward and what was wrong.
+    """
+    where = f"reward {info.name}"
+    fix = "images are float32 [B, 3, H, W] in [0, 1]"
+    if not hasattr(media, "is_floating_point") or not media.is_floating_point():
+        kind = getattr(media, "dtype", type(media).__name__)
+        raise RewardError(f"images are {kind}", where=where, fix=fix)
+    if media.ndim != 4 or media.shape[1] != 3:
+        raise RewardError(f"images have the shape {list(media.shape)}", where=where, fix=fix)
+    if isinstance(prompts, str) or len(prompts) != len(media):
+        count = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise RewardError(f"{count} for {len(media)} images", where=where, fix="one prompt each")
+    # NaN and infinite pixels pass: they are a failed item, not a misconfiguration.
+    distance = (media.detach() - 0.5).abs()
+    outside = (distance > 0.5 + PIXEL_TOLERANCE) & distance.isfinite()
+    if outside.any():
+        low, high = media.detach()[outside].aminmax()
+        raise RewardError(
+            f"pixels reach from {low:.3g} to {high:.3g} outside [0, 1]", where=where, fix=fix
+        )
+
+
+def finite_items(media: Tensor) -> Tensor:
+    """Which items have no NaN or infinity in them: bool [B]."""
+    return media.detach().isfinite().flatten(1).all(dim=1)
+
+
+def spread(values: Tensor, keep: Tensor) -> Tensor:
+    """Put the scores [K] of the kept items back into their places; the others get NaN.
+
+    Args:
+        values: float32 [K], may carry a gradient.
+        keep: bool [B] with K true entries.
+
+    Returns:
+        float32 [B]. The gradient reaches the kept items only, and no NaN enters it.
+    """
+    import torch
+
+    full = torch.full(keep.shape, float("nan"), dtype=torch.float32, device=values.device)
+    return full.masked_scatter(keep.to(values.device), values.float())
+
+
+def require_gradient(reward: Reward) -> Reward:
+    """The start-up check of every method that back-propagates through a reward.
+
+    Raises:
+        RewardError: when the reward has no gradient.
+    """
+    if not reward.info.differentiable:
+        raise RewardError(
+            "has no gradient, and this method back-propagates through the reward",
+            where=f"reward {reward.info.name}",
+            fix="choose a differentiable reward, or a policy-gradient method such as DDPO",
+        )
+    return reward
+
+
+def _check_vector(vector: Tensor, count: int, name: str, what: str) -> Tensor:
+    import torch
+
+    where = f"reward {name}"
+    fix = f"return a float tensor of shape [{count}], one number per image"
+    if not isinstance(vector, torch.Tensor):
+        raise RewardError(f"{what} is {type(vector).__name__}, not a tensor", where=where, fix=fix)
+    if tuple(vector.shape) != (count,):
+        shape = list(vector.shape)
+        raise RewardError(f"{what} has shape {shape} for {count} images", where=where, fix=fix)
+    if not vector.is_floating_point():
+        raise RewardError(f"{what} has dtype {vector.dtype}", where=where, fix=fix)
+    if vector.detach().isinf().any():
+        raise RewardError(
+            f"{what} is infinite", where=where, fix="return NaN for an item that has no score"
+        )
+    return vector.float()

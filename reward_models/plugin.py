@@ -1,0 +1,206 @@
+"""The user's own rewards: `package.module:Name`, a class or a plain function.
+
+They run only because the user named them, and their module's name is told before it is imported.
+What they return is checked at every call, so that a wrong shape is named at its source.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reward_models.base import (
+    Reward,
+    RewardError,
+    RewardInfo,
+    Scores,
+    check_images,
+    check_scores,
+    require_gradient,
+)
+from reward_models.catalogue import LoadOptions
+
+ScoreFunction = Callable[[Tensor, Sequence[str]], Any]
+
+
+class FunctionReward:
+    """A plain function `fn(images, prompts) -> [B]` as a reward.
+
+    The function gets float32 [B, 3, H, W] in [0, 1] and B prompts, and returns B numbers: a
+    tensor, an array or a list; NaN for an image that it could not score.
+
+    Args:
+        function: the user's function.
+        name: under which its scores are reported; default its own name.
+        differentiable: whether its scores carry a gradient to the images.
+        needs_prompt: whether it may not be called without prompts.
+    """
+
+    def __init__(
+        self,
+        function: ScoreFunction,
+        *,
+        name: str = "",
+        differentiable: bool = False,
+        needs_prompt: bool = False,
+    ) -> None:
+        self.function = function
+        own_name = getattr(function, "__qualname__", type(function).__name__)
+        self.info = RewardInfo(
+            name=name or own_name,
+            modality="image",
+            differentiable=differentiable,
+            range="the user's own",
+            licence="the user's own",
+            source=f"{getattr(function, '__module__', '?')}:{own_name}",
+            needs_prompt=needs_prompt,
+        )
+
+    def score(
+        self,
+        media: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Scores:
+        """Call the function and check what it returns."""
+        check_images(media, prompts, self.info)
+        values = self.function(media, prompts)
+        if not isinstance(values, torch.Tensor):
+            values = self._as_tensor(values).to(media.device)
+        elif not values.is_floating_point() and not values.is_complex():
+            values = values.float()
+        return check_scores(Scores(values), len(media), self.info.name)
+
+    def _as_tensor(self, values: Any) -> Tensor:
+        try:
+            return torch.from_numpy(np.asarray(values, dtype=np.float32).copy())
+        except (TypeError, ValueError) as error:
+            raise RewardError(
+                f"returned {type(values).__name__}, which holds no plain numbers",
+                where=f"reward {self.info.name}",
+                fix="return one number per image: a tensor, an array or a list of length B",
+            ) from error
+
+
+class CheckedReward:
+    """A user's reward class whose every answer is checked."""
+
+    def __init__(self, inner: Reward) -> None:
+        self.inner = inner
+        self.info = inner.info
+
+    def score(
+        self,
+        media: Tensor,
+        prompts: Sequence[str],
+        *,
+        fps: float | None = None,
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Scores:
+        """Score with the user's class."""
+        scores = self.inner.score(media, prompts, fps=fps, metadata=metadata)
+        return check_scores(scores, len(media), self.info.name)
+
+
+def load_plugin(
+    spec: str,
+    options: LoadOptions,
+    *,
+    needs_gradient: bool,
+    notice: Callable[[str], None],
+) -> Reward:
+    """Import `package.module:Name` and make it a reward.
+
+    A class is built with `device` and `dtype` (strings) if its constructor names them, else
+    without arguments. A function counts as differentiable when it says so (an attribute
+    `differentiable`), or when a gradient is asked for and one small trial call carries one.
+
+    Raises:
+        RewardError: when it cannot be imported, keeps no contract, or lacks the gradient.
+    """
+    found = _import(spec, notice)
+    if inspect.isclass(found):
+        reward: Reward = CheckedReward(_build(found, spec, options))
+    elif hasattr(found, "score"):
+        reward = CheckedReward(_contract(found, spec))
+    elif callable(found):
+        declared = bool(getattr(found, "differentiable", False))
+        gradient = declared or (needs_gradient and _carries_gradient(found, spec))
+        reward = FunctionReward(
+            found,
+            name=spec,
+            differentiable=gradient,
+            needs_prompt=bool(getattr(found, "needs_prompt", False)),
+        )
+    else:
+        raise RewardError(
+            f"is {type(found).__name__}, neither a class nor a function", where=f"reward {spec}"
+        )
+    return require_gradient(reward) if needs_gradient else reward
+
+
+def _import(spec: str, notice: Callable[[str], None]) -> Any:
+    module_name, _, attribute = spec.partition(":")
+    where = f"reward {spec}"
+    if not module_name or not attribute:
+        raise RewardError("is not of the form package.module:Name", where=where)
+    # The console script's path lacks the working folder, where users keep such a module. It goes
+    # last, so that a file there cannot take the place of an installed package.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    notice(f"running your own code: module {module_name} ({attribute} is used as a reward)")
+    try:
+        module = import_module(module_name)
+    except ImportError as error:
+        raise RewardError(
+            f"cannot be imported: {error}",
+            where=where,
+            fix="run from the folder that holds the module, or install its package",
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise RewardError(f"module {module_name} has no {attribute}", where=where)
+    return found
+
+
+def _build(cls: type, spec: str, options: LoadOptions) -> Reward:
+    parameters = inspect.signature(cls).parameters
+    offered = {"device": options.device, "dtype": options.dtype}
+    taken = {key: value for key, value in offered.items() if key in parameters}
+    return _contract(cls(**taken), spec)
+
+
+def _contract(reward: Any, spec: str) -> Reward:
+    if not isinstance(getattr(reward, "info", None), RewardInfo) or not callable(
+        getattr(reward, "score", None)
+    ):
+        raise RewardError(
+            "has no `info` (a reward_models.RewardInfo) or no `score`",
+            where=f"reward {spec}",
+            fix="give it both, or name a plain function fn(images, prompts) -> [B] instead",
+        )
+    return reward  # type: ignore[no-any-return]
+
+
+def _carries_gradient(function: ScoreFunction, spec: str) -> bool:
+    images = torch.full((1, 3, 64, 64), 0.5, requires_grad=True)
+    with torch.enable_grad():
+        try:
+            values = function(images, ["a photo"])
+        except Exception as error:
+            raise RewardError(
+                f"failed on a grey 64 x 64 trial image: {type(error).__name__}: {error}",
+                where=f"reward {spec}",
+                fix="set `differentiable = True` on the function to skip the trial",
+            ) from error
+    return isinstance(values, torch.Tensor) and values.requires_grad

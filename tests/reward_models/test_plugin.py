@@ -1,0 +1,148 @@
+"""The user's own rewards."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from reward_models.base import RewardError
+from reward_models.catalogue import load
+from reward_models.plugin import FunctionReward
+
+SOURCE = """
+import numpy as np, torch
+import reward_models
+LOADED = True
+
+def brightness(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+
+def detached(images, prompts):
+    return images.mean(dim=(1, 2, 3)).detach().numpy()
+
+def listed(images, prompts):
+    return [len(p) for p in prompts]
+
+def scalar(images, prompts):
+    return images.mean()
+
+def column(images, prompts):
+    return images.mean(dim=(1, 2, 3))[:, None]
+
+def words(images, prompts):
+    return list(prompts)
+
+def broken(images, prompts):
+    raise KeyError("no such thing")
+
+def declared(images, prompts):
+    return images.mean(dim=(1, 2, 3))
+declared.differentiable = True
+
+class Good:
+    def __init__(self, device="cpu"):
+        self.device = device
+        self.info = reward_models.RewardInfo("good", "image", True, "0..1", "mine", "here")
+    def score(self, media, prompts, *, fps=None, metadata=None):
+        return reward_models.Scores(media.mean(dim=(1, 2, 3)))
+
+class WrongShape(Good):
+    def score(self, media, prompts, *, fps=None, metadata=None):
+        return reward_models.Scores(media.mean(dim=(2, 3)))
+
+class NoInfo:
+    def score(self, media, prompts): ...
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "users_rewards.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield "users_rewards"
+    sys.modules.pop("users_rewards", None)
+
+
+IMAGES = torch.linspace(0, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+
+
+def test_the_module_is_named_before_it_runs(module: str) -> None:
+    told: list[bool] = []
+    load(f"{module}:brightness", notice=lambda text: told.append(module in sys.modules))
+    assert told == [False]
+    assert module in sys.modules
+
+
+def test_the_default_notice_goes_to_stderr(module: str, capsys: pytest.CaptureFixture[str]) -> None:
+    load(f"{module}:brightness")
+    assert "module users_rewards" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["brightness", "detached", "Good", "declared"])
+def test_functions_and_classes_score_alike(module: str, name: str) -> None:
+    reward = load(f"{module}:{name}")
+    values = reward.score(IMAGES, ["a", "b"]).values
+    assert torch.allclose(values, IMAGES.mean(dim=(1, 2, 3)))
+    assert values.dtype == torch.float32
+
+
+def test_a_list_of_numbers_is_enough(module: str) -> None:
+    assert load(f"{module}:listed").score(IMAGES, ["a", "bcd"]).values.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scalar", r"shape \[\] for 2 images"),
+        ("column", r"shape \[2, 1\]"),
+        ("words", "no plain numbers"),
+        ("WrongShape", r"shape \[2, 3\]"),
+    ],
+)
+def test_wrong_answers_are_named(module: str, name: str, message: str) -> None:
+    reward = load(f"{module}:{name}")
+    with pytest.raises(RewardError, match=message):
+        reward.score(IMAGES, ["a", "b"])
+
+
+def test_the_gradient_of_a_function_is_found_by_trial(module: str) -> None:
+    assert load(f"{module}:brightness", needs_gradient=True).info.differentiable
+    assert load(f"{module}:Good", needs_gradient=True).info.differentiable
+    with pytest.raises(RewardError, match="has no gradient"):
+        load(f"{module}:listed", needs_gradient=True)
+    with pytest.raises(RewardError, match="trial image: KeyError"):
+        load(f"{module}:broken", needs_gradient=True)
+
+
+def test_a_class_gets_the_device_it_names(module: str) -> None:
+    reward = load(f"{module}:Good", device="cuda:7")
+    assert reward.inner.device == "cuda:7"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("users_rewards:Nothing", "has no Nothing"),
+        ("no_such_module_here:fn", "cannot be imported"),
+        (":fn", "not of the form"),
+        ("users_rewards:", "not of the form"),
+        ("users_rewards:NUMBER", "neither a class nor a function"),
+        ("users_rewards:NoInfo", "has no `info`"),
+    ],
+)
+def test_what_is_no_reward_is_refused(module: str, spec: str, message: str) -> None:
+    with pytest.raises(RewardError, match=message):
+        load(spec)
+
+
+def test_a_function_object_becomes_a_reward() -> None:
+    reward = FunctionReward(lambda images, prompts: images.amax(dim=(1, 2, 3)), name="peak")
+    assert reward.info.name == "peak"
+    assert reward.score(IMAGES, ["", ""]).values[1] == 1
