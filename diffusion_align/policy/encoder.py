@@ -1,0 +1,153 @@
+"""Prompts to conditioning, each prompt captured once and kept.
+
+Every prompt is captured alone, never with its neighbours: its embedding is then the same bits
+whoever stands beside it, so a resumed run repeats an uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_align.errors import UserError
+from diffusion_align.policy.capture import Layout, capture, probe
+from diffusion_align.policy.conditioning import Branch, Conditioning
+from diffusion_align.policy.families import Family
+
+_CacheKey = tuple[str, str, bool, int, int]
+
+
+class PromptEncoder:
+    """Captures conditioning from a pipeline and remembers it per prompt.
+
+    Args:
+        pipeline: a diffusers pipeline of `family`.
+        family: its row.
+        dtype: floating dtype in which the denoiser wants its arguments.
+        cache_bytes: memory kept for conditioning, on the CPU; the least recently used prompts are
+            dropped beyond it.
+    """
+
+    def __init__(
+        self, pipeline: Any, family: Family, *, dtype: torch.dtype, cache_bytes: int = 1 << 30
+    ) -> None:
+        self._pipeline = pipeline
+        self._family = family
+        self._dtype = dtype
+        self._cache_bytes = cache_bytes
+        self._cache: OrderedDict[_CacheKey, Conditioning] = OrderedDict()
+        self._held = 0
+        self._layouts: dict[bool, Layout] = {}
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative_prompts: Sequence[str] | None,
+        *,
+        guided: bool,
+        height: int,
+        width: int,
+    ) -> Conditioning:
+        """Conditioning of B prompts, on the CPU.
+
+        Args:
+            prompts: B texts, B >= 1.
+            negative_prompts: B texts or None; an empty one means the pipeline's own default.
+            guided: capture the negative branch too.
+            height, width: pixels, multiples of the family's `size_multiple`.
+
+        Raises:
+            UserError: a size that does not fit.
+            ValueError: no prompts, or another number of negatives.
+        """
+        self.check_size(height, width)
+        if isinstance(prompts, str) or not prompts:
+            raise ValueError("prompts must be a non-empty list of texts")
+        negatives = [""] * len(prompts) if negative_prompts is None else list(negative_prompts)
+        if len(negatives) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but {len(negatives)} negative prompts")
+        return Conditioning.collate(
+            [
+                self._one((prompt, negative, guided, height, width))
+                for prompt, negative in zip(prompts, negatives)
+            ]
+        )
+
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse a size the pipeline cannot make, naming the nearest one that it can."""
+        multiple = self._family.size_multiple
+        for name, value in (("height", height), ("width", width)):
+            if value < multiple or value % multiple:
+                nearest = max(multiple, round(value / multiple) * multiple)
+                raise UserError(
+                    f"{value} is not a multiple of {multiple} pixels",
+                    where=name,
+                    fix=f"the nearest that is: {nearest}",
+                )
+
+    def _one(self, key: _CacheKey) -> Conditioning:
+        known = self._cache.get(key)
+        if known is not None:
+            self._cache.move_to_end(key)
+            return known
+        made = self._capture(key)
+        self._cache[key] = made
+        self._held += made.nbytes
+        while self._held > self._cache_bytes and len(self._cache) > 1:
+            self._held -= self._cache.popitem(last=False)[1].nbytes
+        return made
+
+    def _capture(self, key: _CacheKey) -> Conditioning:
+        prompt, negative, guided, height, width = key
+        captured = capture(
+            self._pipeline,
+            self._family,
+            [prompt],
+            [negative] if guided and negative else None,
+            guided=guided,
+            height=height,
+            width=width,
+        )
+        branches = self._layout(guided, height, width).split(captured)
+        return Conditioning(
+            prompts=(prompt,),
+            negative_prompts=(negative,),
+            height=height,
+            width=width,
+            latent_shape=tuple(captured.latents.shape[1:]),
+            branches=tuple(_as_stored(branch, self._dtype) for branch in branches),
+        )
+
+    def _layout(self, guided: bool, height: int, width: int) -> Layout:
+        """The batch axes, probed when guidance is first asked for; they do not depend on size."""
+        if guided not in self._layouts:
+            layout = probe(self._pipeline, self._family, guided=guided, height=height, width=width)
+            if layout.branches != (2 if guided else 1):
+                raise UserError(
+                    "this model takes guidance as an input instead of running a negative branch",
+                    where="model",
+                    fix="use the undistilled model, or guidance_scale 1",
+                )
+            self._layouts[guided] = layout
+        return self._layouts[guided]
+
+
+def _as_stored(branch: Branch, dtype: torch.dtype) -> Branch:
+    """A copy on the CPU that shares no memory with a larger capture; floats in `dtype`."""
+
+    def stored(value: Tensor) -> Tensor:
+        kept = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
+        return kept.clone() if kept.data_ptr() == value.data_ptr() else kept.contiguous()
+
+    return Branch(
+        {path: stored(value) for path, value in branch.tensors.items()},
+        branch.axes,
+        {
+            path: stored(value) if isinstance(value, Tensor) else value
+            for path, value in branch.constants.items()
+        },
+    )

@@ -1,0 +1,44 @@
+"""What a user may say about the model and its LoRA. Plain values: the CLI imports this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model to load, and how.
+
+    Args:
+        id: a name of the catalogue (`tiny-sd`, `sd15` ...), a folder, or a hub id `owner/name`.
+        revision: branch, tag or commit on the hub; None is the repository's default.
+        dtype: storage of the frozen weights: "float32", "bfloat16", "float16" or "float64".
+            Trainable weights are float32 (float64 under "float64") whatever is said here.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" ...
+    """
+
+    id: str = "tiny-sd"
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class LoRAOptions:
+    """The low-rank adapter to train.
+
+    Args:
+        rank: inner width of every adapted layer, at least 1.
+        alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of 1.
+        dropout: probability in [0, 1) of dropping an input of the adapter in a training forward
+            (never in a rollout, a replay check or a picture).
+        targets: names of the layers to adapt; None means the family's own list.
+        path: folder or file of a LoRA to start from. Its rank, alpha and targets are then the
+            file's, and the reference of the run is a frozen snapshot of it.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: tuple[str, ...] | None = None
+    path: str | None = None

@@ -1,0 +1,319 @@
+"""`Policy`: one object that wraps any supported diffusers pipeline for sampling and training.
+
+It encodes prompts, predicts with guidance inside, decodes, lists what is trained, switches to the
+reference and saves. The rooms above it (sampling, algorithms, evaluation) know no pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_align.diffusion.schedules import Schedule, ddim_schedule
+from diffusion_align.errors import UserError
+from diffusion_align.policy import guidance, latents
+from diffusion_align.policy.adapter import Adapter, add_lora, load_lora
+from diffusion_align.policy.catalogue import ModelInfo, resolve
+from diffusion_align.policy.conditioning import Conditioning
+from diffusion_align.policy.encoder import PromptEncoder
+from diffusion_align.policy.families import Family
+from diffusion_align.policy.loading import (
+    device_of,
+    dtype_of,
+    load_pipeline,
+    use_ddim,
+    with_size,
+)
+
+
+class Policy:
+    """A diffusion model as the thing that is aligned. Made by `Policy.load`.
+
+    All modules stay in eval mode; never call `.train()` on them (LoRA dropout needs no mode, see
+    `TrainingDropout`).
+
+    Attributes:
+        pipeline: the diffusers pipeline, bare.
+        family: its row of data.
+        info: the model and its default sampling, size filled in.
+        denoiser: the slot. Training puts the prepared (DDP, FSDP2, compiled) module here;
+            `predict` calls nothing else.
+        device: where tensors go.
+        replaced_scheduler: what to tell the user about a replaced scheduler, or None.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        family: Family,
+        info: ModelInfo,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        adapter: Adapter | None = None,
+        base_copy: nn.Module | None = None,
+        replaced_scheduler: str | None = None,
+    ) -> None:
+        self.pipeline = pipeline
+        self.family = family
+        self.info = info
+        self.device = device
+        self.denoiser: nn.Module = getattr(pipeline, family.denoiser)
+        self.replaced_scheduler = replaced_scheduler
+        self._dtype = dtype
+        self._adapter = adapter
+        self._base_copy = base_copy
+        self._encoder = PromptEncoder(pipeline, family, dtype=dtype)
+
+    @classmethod
+    def load(
+        cls,
+        id_or_path: str | Path,
+        *,
+        lora_rank: int | None = None,
+        lora_alpha: float | None = None,
+        lora_dropout: float = 0.0,
+        lora_targets: Sequence[str] | None = None,
+        lora_path: str | Path | None = None,
+        full: bool = False,
+        device: str = "cpu",
+        dtype: str = "float32",
+        revision: str | None = None,
+        seed: int = 0,
+    ) -> Policy:
+        """Load a model: frozen, with a new LoRA, continuing a LoRA, or trained in full.
+
+        Args:
+            id_or_path: catalogue name, folder, or hub id.
+            lora_rank: train a new LoRA of this rank.
+            lora_alpha: its scale is alpha / rank; None means alpha = rank.
+            lora_dropout: in [0, 1); acts in training forwards only.
+            lora_targets: layers to adapt; None means the family's own.
+            lora_path: train on from this LoRA; rank, alpha and targets are the file's, and the
+                reference is a frozen snapshot of it.
+            full: train every weight of the denoiser, in float32; the reference is a copy.
+            device: "cpu", "cuda", "cuda:1" or "auto".
+            dtype: of frozen weights: "float32", "bfloat16", "float16" or "float64".
+            revision: of a hub id.
+            seed: draws a new LoRA's first matrices.
+
+        Raises:
+            UserError: anything a person can put right.
+        """
+        if full and (lora_rank is not None or lora_path is not None):
+            raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
+        if lora_path is not None and (lora_alpha is not None or lora_targets is not None):
+            raise UserError(
+                "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
+            )
+        place, storage = device_of(device), dtype_of(dtype)
+        trained = torch.promote_types(storage, torch.float32)
+        computing = trained if full else storage
+        info = resolve(id_or_path)
+        pipeline, family = load_pipeline(
+            info, revision=revision, dtype=storage, denoiser_dtype=computing
+        )
+        told = use_ddim(pipeline, info.name) if family.schedule == "ddim" else None
+        denoiser = getattr(pipeline, family.denoiser)
+        adapter: Adapter | None = None
+        base_copy: nn.Module | None = None
+        if lora_path is not None:
+            adapter = load_lora(
+                pipeline,
+                family,
+                Path(lora_path).expanduser(),
+                rank=lora_rank,
+                dropout=lora_dropout,
+                dtype=trained,
+            )
+        elif lora_rank is not None:
+            adapter = add_lora(
+                denoiser,
+                family,
+                rank=lora_rank,
+                alpha=lora_alpha,
+                dropout=lora_dropout,
+                targets=lora_targets,
+                seed=seed,
+                dtype=trained,
+            )
+        elif full:
+            base_copy = copy.deepcopy(denoiser).to(place)
+            denoiser.requires_grad_(True)
+        pipeline.to(place)
+        return cls(
+            pipeline,
+            family,
+            with_size(info, pipeline, family),
+            device=place,
+            dtype=computing,
+            adapter=adapter,
+            base_copy=base_copy,
+            replaced_scheduler=told,
+        )
+
+    def encode(
+        self,
+        prompts: Sequence[str],
+        *,
+        negative_prompts: Sequence[str] | None = None,
+        guidance_scale: float,
+        height: int | None = None,
+        width: int | None = None,
+    ) -> Conditioning:
+        """What the denoiser needs for B prompts; each prompt is captured once and cached.
+
+        Args:
+            prompts: B texts.
+            negative_prompts: B texts; an empty one is the pipeline's own default.
+            guidance_scale: above 1 captures the negative branch as well.
+            height, width: pixels; None means the model's own.
+
+        Raises:
+            UserError: a size that does not fit the model.
+        """
+        height, width = self._size(height, width)
+        conditioning = self._encoder.encode(
+            prompts,
+            negative_prompts,
+            guided=guidance_scale > 1.0,
+            height=height,
+            width=width,
+        )
+        return conditioning.to(self.device)
+
+    def schedule(self, steps: int) -> Schedule:
+        """The reverse process in `steps` steps, from the pipeline's scheduler config.
+
+        Raises:
+            UserError: a number of steps the model does not have, or a scheduler that is no DDIM.
+        """
+        try:
+            return ddim_schedule(dict(self.pipeline.scheduler.config), steps)
+        except ValueError as error:  # too many steps, or a scheduler option without a Gaussian step
+            raise UserError(str(error), where=f"schedule of {self.info.name}") from error
+
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        """Shape of one item's latent, e.g. (4, 64, 64) for 512 x 512; None is the model's own."""
+        height, width = self._size(height, width)
+        probe = self._encoder.encode([""], None, guided=False, height=height, width=width)
+        return probe.latent_shape
+
+    def initial_noise(self, noise: Tensor) -> Tensor:
+        """x_T from standard normal `noise` [B, *latent_shape]."""
+        return noise * float(self.pipeline.scheduler.init_noise_sigma)
+
+    def predict(
+        self, x_t: Tensor, timestep: Tensor, cond: Conditioning, *, guidance_scale: float
+    ) -> Tensor:
+        """The denoiser's output with guidance inside; gradients flow to x_t and the parameters.
+
+        Args:
+            x_t: float [B, *latent_shape].
+            timestep: as the schedule states it, 0-d or [B].
+            cond: B items, on x_t's device.
+            guidance_scale: at most 1 runs the conditional branch only.
+
+        Returns:
+            [B, *latent_shape], float32 (or x_t's dtype where that is wider); eps or v as
+            `schedule().prediction` says.
+        """
+        if x_t.shape[0] != len(cond):
+            raise ValueError(f"{x_t.shape[0]} latents but conditioning of {len(cond)} items")
+        # Always [B]: the call has the same shape in rollouts and in training.
+        moments = (timestep * self.family.timestep_factor).to(x_t.device).expand(len(cond))
+        x = x_t.to(self._dtype)
+        if guidance_scale <= 1.0:
+            output = self._forward(x, moments, cond.branches[-1].arguments())
+        elif cond.guided:
+            rule = guidance.RULES[self.family.guidance]
+            output = rule(self._forward, x, moments, cond.branches, guidance_scale)
+        else:
+            raise ValueError("prompts were encoded without guidance; encode with this scale")
+        return output.to(torch.promote_types(x_t.dtype, torch.float32))
+
+    def decode(self, x_0: Tensor, *, chunk: int | None = None, checkpoint: bool = False) -> Tensor:
+        """Pixels of clean latents; differentiable where gradients are enabled.
+
+        Args:
+            x_0: float [B, *latent_shape].
+            chunk: items decoded at a time; None is all of them.
+            checkpoint: recompute the decoder in the backward pass to save memory.
+
+        Returns:
+            float32 [B, 3, H, W] in [0, 1].
+        """
+        rule = latents.DECODERS[self.family.decode]
+        parts = [
+            rule(self.pipeline.vae, part, checkpoint=checkpoint)
+            for part in x_0.split(chunk or max(1, x_0.shape[0]))
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Latents [B, *latent_shape] of `pixels` [B, 3, H, W] in [0, 1]: the posterior's mean."""
+        return latents.ENCODERS[self.family.decode](self.pipeline.vae, pixels)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters being trained, in a fixed order; empty for a frozen policy."""
+        bare = getattr(self.pipeline, self.family.denoiser)
+        return [parameter for parameter in bare.parameters() if parameter.requires_grad]
+
+    @contextmanager
+    def reference(self, kind: Literal["start", "base"] = "start") -> Iterator[None]:
+        """Inside this context the policy is its reference.
+
+        Args:
+            kind: "start" is the policy as training began: the base model, the snapshot of the
+                LoRA it was loaded with, or the copy kept for full fine-tuning. "base" is the
+                model without any LoRA. A frozen policy is its own reference.
+        """
+        if self._base_copy is not None:
+            trained, self.denoiser = self.denoiser, self._base_copy
+            try:
+                yield
+            finally:
+                self.denoiser = trained
+        elif self._adapter is None:
+            yield
+        elif kind == "start" and self._adapter.reference_is_snapshot:
+            with self._adapter.snapshot():
+                yield
+        else:
+            with self._adapter.switched_off():
+                yield
+
+    def save(self, folder: str | Path) -> None:
+        """Write what was trained: a LoRA for diffusers with its metadata, or the whole pipeline.
+
+        Raises:
+            UserError: a frozen policy, which has nothing of its own.
+        """
+        target = Path(folder)
+        if self._adapter is not None:
+            self._adapter.save(self.pipeline, self.family, target)
+        elif self._base_copy is not None:
+            self.pipeline.save_pretrained(target, safe_serialization=True)
+        else:
+            raise UserError("a frozen policy has nothing to save", where=str(target))
+
+    def _forward(self, x: Tensor, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
+        own = {self.family.latent_argument: x, self.family.timestep_argument: timestep}
+        denoiser: Callable[..., Any] = self.denoiser
+        output = denoiser(**own, **arguments)
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own_height, own_width = self.info.height, self.info.width
+        if own_height is None or own_width is None:
+            raise RuntimeError("the policy was built without its model's size")
+        height = own_height if height is None else height
+        width = own_width if width is None else width
+        self._encoder.check_size(height, width)
+        return height, width
