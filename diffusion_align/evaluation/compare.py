@@ -1,0 +1,252 @@
+"""Base against tuned: generate, score, measure, report.
+
+Prompts are worked through in slices: both models draw a slice, its pictures are written and
+scored, and only numbers are kept, so memory does not grow with the number of prompts. Scores are
+those of the written 8-bit pictures: scoring the PNGs again gives the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from diffusion_align.data.images import write_png
+from diffusion_align.data.prompts import Prompt, load_prompts
+from diffusion_align.errors import UserError
+from diffusion_align.evaluation.comparison import (
+    DIVERSITY,
+    Comparison,
+    Result,
+    Setup,
+    Side,
+    arranged,
+    find_alarms,
+    find_notes,
+    picture_name,
+)
+from diffusion_align.evaluation.diversity import FEATURE_SPACE, PIXEL_SPACE, diversity
+from diffusion_align.evaluation.generate import Pictures, Reference, generate
+from diffusion_align.evaluation.report import write_report
+from diffusion_align.evaluation.scoring import score_pictures
+from diffusion_align.evaluation.statistics import Floats
+from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
+
+if TYPE_CHECKING:
+    from diffusion_align.evaluation.diversity import Features
+    from diffusion_align.policy import Policy
+    from reward_models.base import Reward
+
+SIDES: tuple[Side, Side] = ("base", "tuned")
+DETERMINISTIC = SamplingOptions(eta=0.0, flow_kind="ode")
+
+Table = dict[str, Floats]
+
+
+def compare(
+    policy: Policy,
+    prompts: str | Path | Sequence[str | Prompt],
+    *,
+    rewards: Mapping[str, Reward],
+    output: Path,
+    trained_on: Sequence[str] = (),
+    seeds: int = 4,
+    sampling: SamplingOptions = DETERMINISTIC,
+    run_seed: int = 0,
+    tuned_name: str = "tuned",
+    training_prompts: Sequence[str] = (),
+    features: Features | None = None,
+    against: Reference = "base",
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Compare a tuned policy with its own base and write the report.
+
+    Args:
+        policy: a tuned policy; its own reference gives the base.
+        prompts: what `load_prompts` takes; 20 or more for a verdict.
+        rewards: name -> scorer. Name at least one that was not trained on.
+        output: folder for pictures, `report.html`, `scores.csv`, `summary.json`, `grid.png`.
+        trained_on: which rewards the run was trained with, by name.
+        seeds: pictures per prompt, 2 or more for diversity.
+        sampling: None values stand for the model's own; deterministic unless told otherwise.
+        run_seed: chooses the evaluation noise.
+        tuned_name: what the report calls the tuned model, e.g. the adapter's folder.
+        training_prompts: prompts of the run, so that the report can say where they meet.
+        features: pixels `[B, 3, H, W]` -> features `[B, D]`; diversity is measured in this space
+            instead of pixel space.
+        against: what "base" is: the model without any adapter, or the policy as its training began
+            (they differ where it continued from a LoRA).
+        overwrite: replace an earlier comparison in `output`.
+        progress: called with pictures done and pictures in all.
+
+    Raises:
+        UserError: no reward, no prompt, or `output` holds a comparison already.
+        RewardError: a reward broke its contract.
+    """
+    items = load_prompts(prompts)
+    _check(rewards, seeds, output, overwrite)
+    _clear(output)
+    settings = resolve_sampling(sampling, policy.info)
+    tables: dict[Side, list[Table]] = {"base": [], "tuned": []}
+    total = len(SIDES) * len(items) * seeds
+    stride = max(1, settings.batch_size // seeds)
+    done = 0
+    for first in range(0, len(items), stride):
+        part = items[first : first + stride]
+        for side in SIDES:
+            pictures = generate(
+                policy,
+                part,
+                seeds,
+                settings,
+                reference=against if side == "base" else None,
+                run_seed=run_seed,
+                first_position=first,
+            )
+            _write_pictures(output, side, pictures, first)
+            table = _measure(pictures, part, rewards, policy, settings.batch_size, features)
+            tables[side].append(table)
+            done += len(part) * seeds
+            if progress is not None:
+                progress(done, total)
+
+    results = _results(tables, rewards, trained_on, features is not None)
+    comparison = Comparison(
+        setup=Setup(
+            model=policy.info.name,
+            tuned=tuned_name,
+            sampler=sampler_name(policy.family.schedule, settings),
+            steps=settings.steps,
+            guidance_scale=settings.guidance_scale,
+            height=settings.height,
+            width=settings.width,
+            seeds=seeds,
+            run_seed=run_seed,
+        ),
+        prompts=tuple(items),
+        results=results,
+        trained_on=tuple(trained_on),
+        alarms=find_alarms(results),
+        notes=find_notes(
+            results,
+            trained_on=trained_on,
+            prompts=items,
+            training_prompts=training_prompts,
+            seeds=seeds,
+        ),
+        folder=output,
+    )
+    write_report(comparison)
+    return comparison
+
+
+def sampler_name(schedule: str, sampling: SamplingOptions) -> str:
+    """The sampler in words: `DDIM (eta 0)`, `flow ODE`, `flow SDE (noise level 0.7)`."""
+    if schedule == "ddim":
+        return f"DDIM (eta {sampling.eta:g})"
+    kind = "dance" if sampling.flow_kind == "dance" else sampling.flow_kind.upper()
+    strength = "" if sampling.flow_kind == "ode" else f" (noise level {sampling.noise_level:g})"
+    return f"flow {kind}{strength}"
+
+
+def _check(rewards: Mapping[str, Reward], seeds: int, output: Path, overwrite: bool) -> None:
+    if not rewards:
+        raise UserError(
+            "a comparison needs at least one reward",
+            where="rewards",
+            fix="name the trained reward and one that was not trained on",
+        )
+    if DIVERSITY in rewards:
+        raise UserError(
+            f"a reward cannot be called {DIVERSITY!r}: the report has a row of that name",
+            where="rewards",
+            fix="give it another name",
+        )
+    for name in rewards:
+        if any(name.startswith(f"{other}/") for other in rewards):
+            raise UserError(
+                f"{name!r} reads as a part of another reward",
+                where="rewards",
+                fix="give it another name",
+            )
+    if seeds < 1:
+        raise UserError(f"{seeds} pictures per prompt", where="seeds", fix="use 1 or more")
+    if output.exists() and not output.is_dir():
+        raise UserError("this is a file; a folder is needed", where=str(output))
+    if (output / "summary.json").exists() and not overwrite:
+        raise UserError(
+            "this folder already holds a comparison",
+            where=str(output),
+            fix="choose another folder, or say that it may be overwritten",
+        )
+
+
+def _write_pictures(output: Path, side: Side, pictures: Pictures, first: int) -> None:
+    count, seeds = pictures.valid.shape
+    for p in range(count):
+        for s in range(seeds):
+            path = output / picture_name(side, first + p, s)
+            write_png(path, pictures.pixels[p, s].numpy())
+
+
+def _measure(
+    pictures: Pictures,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    policy: Policy,
+    batch_size: int,
+    features: Features | None,
+) -> Table:
+    """Every reward, its parts and diversity of one slice; diversity is `[P, 1]`."""
+    table: Table = {}
+    for name, reward in rewards.items():
+        table |= score_pictures(
+            reward, name, pictures, prompts, device=policy.device, batch_size=batch_size
+        )
+    spread = [
+        diversity(samples[valid].to(policy.device), features)
+        for samples, valid in zip(pictures.floats(), pictures.valid, strict=True)
+    ]
+    table[DIVERSITY] = np.array(spread, dtype=np.float64)[:, None]
+    return table
+
+
+def _results(
+    tables: Mapping[Side, Sequence[Table]],
+    rewards: Mapping[str, Reward],
+    trained_on: Sequence[str],
+    in_feature_space: bool,
+) -> tuple[Result, ...]:
+    names = list(dict.fromkeys(name for side in SIDES for table in tables[side] for name in table))
+    scores = {
+        name: (_column(tables["base"], name), _column(tables["tuned"], name)) for name in names
+    }
+    spread = scores.pop(DIVERSITY)
+    units = {name: reward.info.range for name, reward in rewards.items()}
+    results = arranged(scores, units, trained_on)
+    if np.isfinite(spread[0] - spread[1]).any():
+        space = FEATURE_SPACE if in_feature_space else PIXEL_SPACE
+        results.append(Result(DIVERSITY, "diversity", space, *spread))
+    return tuple(results)
+
+
+def _column(tables: Sequence[Table], name: str) -> Floats:
+    """One measurement over all slices; a part that a slice lacks is NaN there."""
+    # Every table holds at least one reward before diversity: its shape is that of the pictures.
+    return np.concatenate(
+        [
+            table[name] if name in table else np.full_like(next(iter(table.values())), np.nan)
+            for table in tables
+        ]
+    )
+
+
+def _clear(output: Path) -> None:
+    """Remove what an earlier comparison wrote, and nothing else that lies there."""
+    for name in ("report.html", "scores.csv", "summary.json", "grid.png"):
+        (output / name).unlink(missing_ok=True)
+    for path in (output / "pictures").glob("*/p[0-9]*_s[0-9]*.png"):
+        path.unlink()

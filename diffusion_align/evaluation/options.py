@@ -1,0 +1,54 @@
+"""What an evaluation is made of: prompts, seeds, rewards (no torch is imported here)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """Settings of the pictures made during training and of the comparison after it.
+
+    Base and tuned model get the same prompts and the same `eval` noise, so every reported
+    difference is a paired one. Errors: a value out of range raises `ValueError`.
+    """
+
+    prompts: str | list[str] = field(
+        default="small-world:heldout",
+        metadata={
+            "doc": "prompts never trained on: a .txt or .jsonl file, a built-in list, or a list"
+        },
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={"doc": "use only the first so many prompts (null = all); 20 is the least"},
+    )
+    seeds: int = field(
+        default=4, metadata={"doc": "pictures per prompt; 2 or more are needed for diversity"}
+    )
+    rewards: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "doc": "rewards scored beside the trained one; name at least one that was not trained"
+        },
+    )
+    sample_prompts: int = field(
+        default=8,
+        metadata={"doc": "how many of the prompts are drawn and scored during training"},
+    )
+    batch_size: int = field(
+        default=32, metadata={"doc": "pictures made at once (higher needs more memory)"}
+    )
+    eta: float = field(
+        default=0.0,
+        metadata={"doc": "noise of the sampler while evaluating; 0 is deterministic (DDIM, ODE)"},
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "sample_prompts", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit must be at least 1 or null, not {self.limit}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta must lie between 0 and 1, not {self.eta}")

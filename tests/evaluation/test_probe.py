@@ -1,0 +1,82 @@
+"""The probe: pictures and held-out scores during training, always on the same noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_align.evaluation.options import EvaluationOptions
+from diffusion_align.evaluation.probe import Probe
+
+OPTIONS = EvaluationOptions(seeds=2, sample_prompts=3)
+PROMPTS = ["a", "bb", "ccc", "never drawn"]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_step_zero_is_the_base_and_later_steps_share_its_noise(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    policy = fake_policy(shift=0.0)
+    probe = Probe(policy, PROMPTS, rewards={"light": brightness()}, options=OPTIONS)
+    probe.samples(0, tmp_path / "0")
+    policy.shift = 0.5
+    probe.samples(10, tmp_path / "10")
+    policy.shift = 0.0
+    probe.samples(20, tmp_path / "20")
+
+    name = "p0001_s01.png"
+    assert np.array_equal(pixels(tmp_path / "0" / name), pixels(tmp_path / "20" / name))
+    assert not np.array_equal(pixels(tmp_path / "0" / name), pixels(tmp_path / "10" / name))
+    assert all(torch.equal(noise, policy.start_noise[0]) for noise in policy.start_noise)
+    assert policy.references == ["start"]  # the base is drawn once
+    written = sorted(path.name for path in (tmp_path / "10").iterdir())
+    assert written == ["grid.png", *(f"p{p:04d}_s{s:02d}.png" for p in range(3) for s in range(2))]
+
+
+def test_the_grid_shows_the_base_beside_every_step(fake_policy: Any, tmp_path: Path) -> None:
+    policy = fake_policy(shift=0.0)
+    probe = Probe(policy, PROMPTS[:1], rewards={}, options=EvaluationOptions(seeds=1))
+    probe.samples(0, tmp_path / "0")
+    at_start = pixels(tmp_path / "0" / "grid.png")
+    policy.shift = 3.0
+    probe.samples(5, tmp_path / "5")
+    later = pixels(tmp_path / "5" / "grid.png")
+    # Below the labels the left picture (base) is the same and the right one is not.
+    height, middle = at_start.shape[0], at_start.shape[1] // 2
+    changed = np.argwhere((at_start != later).any(axis=2))
+    changed = changed[changed[:, 0] > height // 2]
+    assert len(changed)
+    assert changed[:, 1].min() > middle
+
+
+def test_held_out_scores_are_means_of_the_drawn_pictures(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    policy = fake_policy(shift=0.3)
+    probe = Probe(policy, PROMPTS, rewards={"light": brightness()}, options=OPTIONS)
+    probe.samples(0, tmp_path)
+    drawn = len(policy.start_noise)
+    scores = probe.heldout(0)
+    assert len(policy.start_noise) == drawn  # the pictures of the step are not drawn again
+    files = [pixels(path) / 255 for path in tmp_path.glob("p*.png")]
+    assert scores == {"light": pytest.approx(np.mean(files), abs=1e-6)}
+    assert set(probe.heldout(1)) == {"light"}
+
+
+def test_without_rewards_or_scores_there_is_nothing_to_log(
+    fake_policy: Any, brightness: Any
+) -> None:
+    policy = fake_policy()
+    assert Probe(policy, PROMPTS, rewards={}, options=OPTIONS).heldout(0) == {}
+    policy.decode = lambda x: torch.full((len(x), 3, 16, 16), torch.nan)
+    silent = Probe(policy, PROMPTS, rewards={"light": brightness()}, options=OPTIONS)
+    assert silent.heldout(0) == {}
