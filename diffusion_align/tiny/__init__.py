@@ -1,0 +1,1 @@
+"""The embedded models: how they are built, how good they are, and their weights."""

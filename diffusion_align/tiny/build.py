@@ -1,0 +1,153 @@
+"""Rebuild an embedded model from nothing: ``python -m diffusion_align.tiny.build NAME``.
+
+NAME is ``tiny-sd``, ``tiny-clip`` (the tower with the head ``tiny-aesthetic``; it learns from
+samples of ``tiny-sd``, so that comes first) or ``quality`` (measure what is shipped). Every
+training is seeded and goes on from its checkpoint in ``--work`` when it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from open_clip.model import CLIP
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import reward_models
+from diffusion_align.policy.catalogue import MODELS
+from diffusion_align.tiny import clip as tiny_clip
+from diffusion_align.tiny.quality import (
+    measure_aesthetic,
+    measure_clip,
+    measure_sd,
+    measure_vae,
+    sample,
+)
+from diffusion_align.tiny.sd import train_sd
+from diffusion_align.tiny.vae import train_vae
+from reward_models.small_world import captions
+
+TINY_SD = Path(MODELS["tiny-sd"].source)
+ASSETS = Path(reward_models.__file__).parent / "assets"
+
+
+def build_tiny_sd(work: Path) -> None:
+    """VAE, then UNet and text encoder, then the pipeline folder as fp16."""
+    folder = work / "vae"
+    if not folder.exists():
+        train_vae(work).save_pretrained(folder)
+    vae = AutoencoderKL.from_pretrained(folder)
+    export_pipeline(train_sd(vae, work), TINY_SD)
+
+
+def export_pipeline(pipeline: StableDiffusionPipeline, target: Path) -> None:
+    """Write a pipeline as fp16 safetensors with the checksum of every file."""
+    for part in (pipeline.vae, pipeline.unet, pipeline.text_encoder):
+        part.register_to_config(_name_or_path="") if hasattr(part, "register_to_config") else None
+    pipeline.to(dtype=torch.float16).save_pretrained(target, safe_serialization=True)
+    write_checksums(target, target / "SHA256SUMS.json")
+
+
+def write_checksums(folder: Path, listing: Path) -> None:
+    """List the sha256 of every file below ``folder`` but the listing itself, as JSON."""
+    sums = {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != listing and path.suffix != ".py"
+    }
+    listing.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def build_tiny_clip(work: Path, *, count: int = 30_000, sampled: int = 3000) -> None:
+    """The tower on pictures of every kind, then the head on its frozen fp16 features."""
+    pipeline = shipped_pipeline()
+    guidance = MODELS["tiny-sd"].guidance_scale
+    texts = captions(sampled, 31, "train")
+    samples = sample(pipeline, texts, guidance_scale=guidance, seed=31)
+    judged = tiny_clip.judged_pictures(count, 31, "train", (samples, texts))
+    clip = tiny_clip.train_clip(work, judged)
+    ASSETS.mkdir(exist_ok=True)
+    (ASSETS / "tiny-clip.json").write_text(json.dumps(tiny_clip.CONFIG, indent=1) + "\n")
+    save_file(sparse_tokens(clip), ASSETS / "tiny-clip.safetensors")
+    head = tiny_clip.train_aesthetic(work, shipped_tower(), judged)
+    halves = {name: value.half().contiguous() for name, value in head.state_dict().items()}
+    save_file(halves, ASSETS / "tiny-aesthetic.safetensors")
+    write_checksums(ASSETS, ASSETS / "SHA256SUMS")
+
+
+def sparse_tokens(clip: CLIP) -> dict[str, Tensor]:
+    """fp16 weights with only those rows of the token table that training could reach."""
+    weights = {name: value.half().contiguous() for name, value in clip.state_dict().items()}
+    table = weights.pop("token_embedding.weight")
+    rows = tiny_clip.used_tokens()
+    return weights | {
+        "token_embedding.rows": rows.int(),
+        "token_embedding.values": table[rows].contiguous(),
+    }
+
+
+def shipped_pipeline() -> StableDiffusionPipeline:
+    """``tiny-sd`` as users get it: fp16 weights, computed in fp32."""
+    return StableDiffusionPipeline.from_pretrained(TINY_SD, torch_dtype=torch.float32)
+
+
+def shipped_tower() -> CLIP:
+    """``tiny-clip`` as users get it."""
+    clip = tiny_clip.new_clip()
+    weights = {
+        name: value.float() for name, value in load_file(ASSETS / "tiny-clip.safetensors").items()
+    }
+    rows = weights.pop("token_embedding.rows").long()
+    table = torch.zeros_like(clip.token_embedding.weight)
+    table[rows] = weights.pop("token_embedding.values")
+    clip.load_state_dict(weights | {"token_embedding.weight": table})
+    return clip.eval()
+
+
+def shipped_head() -> nn.Module:
+    """``tiny-aesthetic``'s head as users get it."""
+    head = tiny_clip.Head(tiny_clip.WIDTH)
+    weights = load_file(ASSETS / "tiny-aesthetic.safetensors")
+    head.load_state_dict({name: value.float() for name, value in weights.items()})
+    return head.eval()
+
+
+def quality() -> dict[str, object]:
+    """Measure every shipped model on held-out captions and pictures."""
+    pipeline, tower = shipped_pipeline(), shipped_tower()
+    guidance = MODELS["tiny-sd"].guidance_scale
+    texts = captions(512, 32, "heldout")
+    samples = sample(pipeline, texts, guidance_scale=guidance, seed=32)
+    judged = tiny_clip.judged_pictures(2048, 32, "heldout", (samples, texts))
+    return {
+        "vae": asdict(measure_vae(pipeline.vae)),
+        "tiny-sd": asdict(measure_sd(pipeline, guidance_scale=guidance)),
+        "tiny-clip": measure_clip(tower),
+        "tiny-aesthetic": asdict(measure_aesthetic(tower, shipped_head(), judged)),
+    }
+
+
+def main() -> None:
+    """Command line of the builder."""
+    parser = argparse.ArgumentParser(
+        prog="python -m diffusion_align.tiny.build", description=__doc__
+    )
+    parser.add_argument("name", choices=["tiny-sd", "tiny-clip", "quality"])
+    parser.add_argument("--work", type=Path, default=Path("tiny-build"), help="checkpoints")
+    arguments = parser.parse_args()
+    if arguments.name == "tiny-sd":
+        build_tiny_sd(arguments.work)
+    elif arguments.name == "tiny-clip":
+        build_tiny_clip(arguments.work)
+    else:
+        print(json.dumps(quality(), indent=2))
+
+
+if __name__ == "__main__":
+    main()
