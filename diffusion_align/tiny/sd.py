@@ -1,8 +1,10 @@
 """``tiny-sd``: a whole StableDiffusionPipeline at 64x64, trained on the small world.
 
-The UNet and the text encoder learn together on cached VAE latents, with the plain
-noise-prediction loss of DDPM (Ho et al. 2020, eq. 14) and captions dropped one time in ten for
-classifier-free guidance. Training stops early on purpose: alignment should have something to gain.
+The UNet and the text encoder learn together on cached VAE latents, with the velocity loss of
+Salimans and Ho (2022, appendix D) and captions dropped one time in ten for classifier-free
+guidance. (A noise-prediction loss says next to nothing about the picture at the high noise levels
+where the caption decides: after 1,690 steps of it 50 % of the claims held, after 789 of this 62 %.)
+Training stops early on purpose: alignment should have something to gain.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ _CAPTION_DROPOUT = 0.1
 
 
 def new_scheduler() -> DDIMScheduler:
-    """DDIM, noise prediction; the betas end higher than SD's so that nothing is left at t = 999.
+    """DDIM, v-prediction; the betas end higher than SD's so that nothing is left at t = 999.
 
     With SD's own betas 7 % of the picture survives at the last timestep, which at 8x8 latents
     tells the model the background colour. Trailing spacing starts sampling at exactly that t.
@@ -33,6 +35,7 @@ def new_scheduler() -> DDIMScheduler:
         beta_start=0.00085,
         beta_end=0.02,
         beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
         clip_sample=False,
         set_alpha_to_one=True,
         timestep_spacing="trailing",
@@ -79,7 +82,8 @@ def train_sd(
     padding = {"padding": "max_length", "max_length": MAX_TOKENS, "return_tensors": "pt"}
     tokens = tokenizer(texts, **padding).input_ids
     empty = tokenizer([""], **padding).input_ids
-    alpha_bar = new_scheduler().alphas_cumprod
+    scheduler = new_scheduler()
+    alpha_bar = scheduler.alphas_cumprod
 
     def step(generator: torch.Generator) -> Tensor:
         indices = torch.randint(count, (batch,), generator=generator)
@@ -91,7 +95,7 @@ def train_sd(
         x_t = a.sqrt() * latents[indices] + (1 - a).sqrt() * eps
         context = model["text_encoder"](ids).last_hidden_state
         predicted = model["unet"](x_t, timesteps, context).sample
-        return F.mse_loss(predicted, eps)
+        return F.mse_loss(predicted, a.sqrt() * eps - (1 - a).sqrt() * latents[indices])
 
     checkpoint = work / "unet.pt"
     fit(
@@ -108,7 +112,7 @@ def train_sd(
         text_encoder=model["text_encoder"],
         tokenizer=tokenizer,
         unet=model["unet"],
-        scheduler=new_scheduler(),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
