@@ -1,0 +1,101 @@
+"""Batches of sampled trajectories and how they are cut. Shared by the trajectory methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_align.algorithms.base import Samples
+from diffusion_align.policy import Conditioning
+from diffusion_align.sampling.rollout import Trajectory
+
+
+@dataclass(frozen=True)
+class TrajectoryBatch:
+    """One iteration: N samples, T trained steps of each in every one of E inner epochs.
+
+    old_log_probs: [N, S] the ratio's denominator; advantages: [N], NaN where the reward failed;
+    sample_orders: long [E, N] and step_orders: long [E, N, T] on the CPU; cond: [N] as *training*
+    uses it (the trajectory carries the one that sampled).
+    """
+
+    trajectory: Trajectory
+    cond: Conditioning
+    old_log_probs: Tensor
+    advantages: Tensor
+    sample_orders: Tensor
+    step_orders: Tensor
+    metrics: Mapping[str, float]
+    samples: Samples | None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """K transitions x_t -> x_next. x_t, x_next: [K, *latent]; steps: long [K]; cond: [K]."""
+
+    x_t: Tensor
+    x_next: Tensor
+    steps: Tensor
+    cond: Conditioning
+
+
+@dataclass(frozen=True)
+class TrajectoryMinibatch:
+    """B samples with T steps each.
+
+    rows: long [B], their places in `latents` [N, S+1, *latent], which is the batch's own tensor:
+    a minibatch copies no latents. steps and old_log_probs: [B, T]; advantages: [B], finite.
+    """
+
+    rows: Tensor
+    steps: Tensor
+    latents: Tensor
+    old_log_probs: Tensor
+    advantages: Tensor
+    cond: Conditioning
+
+    def groups(self, size: int) -> list[slice]:
+        """The T steps in runs of `size`; the last may be shorter."""
+        return [slice(start, start + size) for start in range(0, self.steps.shape[1], size)]
+
+    def pairs(self, group: slice) -> Pairs:
+        """The transitions of these steps, flattened: B x G of them, sample by sample."""
+        steps = self.steps[:, group]
+        samples, count = steps.shape
+        cond = self.cond
+        if count > 1:
+            cond = cond.take(torch.arange(samples).repeat_interleave(count))
+        rows, flat = self.rows.repeat_interleave(count), steps.flatten()
+        return Pairs(self.latents[rows, flat], self.latents[rows, flat + 1], flat, cond)
+
+
+def cut(batch: TrajectoryBatch, size: int) -> Iterator[TrajectoryMinibatch]:
+    """Shuffled samples in chunks of `size`, without those whose reward failed.
+
+    The chunks are those of the plan: a failed sample makes its own chunk smaller and moves no
+    other, and a chunk of nothing but failures is left out.
+    """
+    valid = ~batch.advantages.isnan().cpu()
+    for order, step_order in zip(batch.sample_orders, batch.step_orders, strict=True):
+        for planned in order.split(size):
+            rows = planned[valid[planned]]
+            if len(rows):
+                yield _gather(batch, rows, step_order[rows])
+
+
+def _gather(batch: TrajectoryBatch, rows: Tensor, steps: Tensor) -> TrajectoryMinibatch:
+    latents = batch.trajectory.latents
+    cond = batch.cond.take(rows)
+    rows, steps = rows.to(latents.device), steps.to(latents.device)
+    index = rows[:, None]
+    return TrajectoryMinibatch(
+        rows=rows,
+        steps=steps,
+        latents=latents,
+        old_log_probs=batch.old_log_probs[index, steps],
+        advantages=batch.advantages[rows],
+        cond=cond,
+    )

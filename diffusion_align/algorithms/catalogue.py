@@ -1,0 +1,70 @@
+"""Which algorithms there are: name -> "module:Class", options, needs. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+
+from diffusion_align.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of the system (DESIGN section 4). Everything defaults to no."""
+
+    trajectory: bool = False
+    clean_latents: bool = False
+    old_policy: bool = False
+    reference: bool = False
+    differentiable_reward: bool = False
+
+    def words(self) -> str:
+        """The needs as text for a table, for example ``trajectory, reference``."""
+        return ", ".join(name.replace("_", " ") for name, on in vars(self).items() if on) or "-"
+
+
+@dataclass(frozen=True)
+class AlgorithmInfo:
+    """One row of the catalogue.
+
+    target: ``"module:Class"``; options: ``"module:Dataclass"`` (a module without torch).
+    """
+
+    name: str
+    target: str
+    options: str
+    description: str
+    source: str
+    needs: Needs = field(default_factory=Needs)
+
+
+ALGORITHMS: dict[str, AlgorithmInfo] = {
+    "ddpo": AlgorithmInfo(
+        name="ddpo",
+        target="diffusion_align.algorithms.ddpo:DDPO",
+        options="diffusion_align.algorithms.options:DDPOOptions",
+        description="policy gradient on exact per-step likelihoods; any reward, no gradient needed",
+        source="Black et al. 2023, arXiv 2305.13301",
+        needs=Needs(trajectory=True),
+    ),
+}
+
+
+def names() -> list[str]:
+    """Names of all algorithms, sorted."""
+    return sorted(ALGORITHMS)
+
+
+def resolve(name: str) -> AlgorithmInfo:
+    """The row of `name`; a UserError with the nearest name otherwise."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    near = did_you_mean(name, names())
+    fix = f"did you mean {near} ?" if near else f"known: {', '.join(names())}"
+    raise UserError(f"unknown algorithm {name!r}", fix=fix)
+
+
+def load(dotted: str) -> type:
+    """Import the class behind ``"module:Class"`` (a row's `target` or `options`)."""
+    module, _, attribute = dotted.partition(":")
+    return getattr(import_module(module), attribute)

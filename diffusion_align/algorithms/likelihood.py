@@ -1,0 +1,97 @@
+"""log p(x_next | x_t, c) of sampled transitions under the policy as it is now."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffusion_align.algorithms.batches import Pairs, TrajectoryMinibatch
+from diffusion_align.diffusion.schedules import Schedule
+from diffusion_align.diffusion.transitions import Reduction, Transition
+from diffusion_align.policy import Policy
+from diffusion_align.sampling.options import ResolvedSampling
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Evaluates transitions with the very step that sampled them (`Schedule.step`).
+
+    reduction: `mean` or `sum` over the latent's dimensions. One transition costs
+    `branches(guidance)` denoiser calls.
+    """
+
+    policy: Policy
+    schedule: Schedule
+    sampling: ResolvedSampling
+    reduction: Reduction
+    _timesteps: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_timesteps", self.schedule.timesteps.to(self.policy.device))
+
+    @property
+    def dimensions(self) -> int:
+        """How many numbers one latent has."""
+        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        return math.prod(shape)
+
+    def stochastic_steps(self) -> Tensor:
+        """Indices of the steps that have a likelihood at all (std above zero): long, on the CPU."""
+        return self.schedule.stochastic_steps(
+            eta=self.sampling.eta,
+            flow_kind=self.sampling.flow_kind,
+            noise_level=self.sampling.noise_level,
+        )
+
+    def transition(self, pairs: Pairs, guidance: float) -> Transition:
+        """p(x_next | x_t, c) for K pairs, with a graph where gradients are enabled."""
+        prediction = self.policy.predict(
+            pairs.x_t, self._timesteps[pairs.steps], pairs.cond, guidance_scale=guidance
+        )
+        return self.schedule.step(
+            prediction,
+            pairs.x_t,
+            pairs.steps,
+            eta=self.sampling.eta,
+            flow_kind=self.sampling.flow_kind,
+            noise_level=self.sampling.noise_level,
+        )
+
+    def log_prob(self, minibatch: TrajectoryMinibatch, group: slice, guidance: float) -> Tensor:
+        """[B, G] for the steps of one group."""
+        pairs = minibatch.pairs(group)
+        log_prob = self.transition(pairs, guidance).log_prob(pairs.x_next, self.reduction)
+        return log_prob.view(len(minibatch.rows), -1)
+
+    @torch.no_grad()
+    def replay(
+        self,
+        minibatches: Iterable[TrajectoryMinibatch],
+        like: Tensor,
+        group_size: int,
+        guidance: float,
+    ) -> Tensor:
+        """Log-probabilities [N, S] computed in these minibatches' shapes; NaN elsewhere.
+
+        A pair that comes again in a later inner epoch keeps its first value.
+        """
+        result = torch.full_like(like, math.nan)
+        for minibatch in minibatches:
+            rows = minibatch.rows[:, None]
+            for group in minibatch.groups(group_size):
+                steps = minibatch.steps[:, group]
+                known = result[rows, steps]
+                if not bool(known.isnan().any()):
+                    continue
+                log_prob = self.log_prob(minibatch, group, guidance)
+                result[rows, steps] = torch.where(known.isnan(), log_prob, known)
+        return result
+
+
+def branches(guidance: float) -> int:
+    """Denoiser calls per prediction: 2 for a guidance pair."""
+    return 2 if guidance > 1.0 else 1

@@ -1,0 +1,105 @@
+"""The plan of an online iteration: which prompts, which samples, in which order they are trained.
+
+Everything is a function of (seed, iteration), so there is no cursor to lose: an iteration can be
+planned again exactly, by a resumed run as well as by the run that was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from diffusion_align.data.prompts import Prompt
+from diffusion_align.sampling.seeds import stream
+
+# Item streams are keyed by the prompt's position in the plan. These positions are beyond any plan
+# and key the draws that belong to an iteration (or a pass over the prompts) as a whole.
+_MINIBATCH_ORDER = 2**30
+_PROMPT_ORDER = 2**30 + 1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample of the plan: its prompt, that prompt's position, the sample's number."""
+
+    prompt: Prompt
+    position: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one iteration samples.
+
+    Prompts are dealt from a shuffled deck: every prompt comes once before any comes twice.
+    """
+
+    prompts: Sequence[Prompt]
+    prompts_per_iteration: int
+    samples_per_prompt: int
+    seed: int
+
+    def __len__(self) -> int:
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+    def items(self, iteration: int) -> list[Item]:
+        """The samples of an iteration; those of one prompt stand together."""
+        return [
+            Item(prompt, position, sample)
+            for position, prompt in enumerate(self._deal(iteration))
+            for sample in range(self.samples_per_prompt)
+        ]
+
+    def rollout_streams(self, items: Sequence[Item], iteration: int) -> list[Generator]:
+        """Each item's own noise: initial latent first, then one draw per stochastic step."""
+        return [
+            stream(
+                self.seed,
+                "rollout",
+                iteration=iteration,
+                position=item.position,
+                sample=item.sample,
+            )
+            for item in items
+        ]
+
+    def minibatch_orders(self, iteration: int, epochs: int) -> Tensor:
+        """A permutation of the iteration's samples for each inner epoch: long [epochs, N]."""
+        generator = self._timestep_stream(iteration, _MINIBATCH_ORDER, 0)
+        orders = [torch.from_numpy(generator.permutation(len(self))) for _ in range(epochs)]
+        return torch.stack(orders)
+
+    def timestep_orders(self, iteration: int, epochs: int, steps: Tensor, keep: int) -> Tensor:
+        """Each sample's trained steps: the first `keep` of its own permutation of `steps`.
+
+        steps: long [S]; returns long [epochs, N, keep]. *Source:* ddpo-pytorch, which permutes
+        each sample's timesteps independently and trains on the first ones.
+        """
+        choices = steps.cpu().numpy()
+        drawn = []
+        for item in self.items(iteration):
+            generator = self._timestep_stream(iteration, item.position, item.sample)
+            drawn.append(
+                [torch.from_numpy(generator.permutation(choices)[:keep]) for _ in range(epochs)]
+            )
+        return torch.stack([torch.stack(item) for item in drawn], dim=1)
+
+    def _deal(self, iteration: int) -> list[Prompt]:
+        first = iteration * self.prompts_per_iteration
+        count = len(self.prompts)
+        decks: dict[int, list[int]] = {}
+        dealt = []
+        for card in range(first, first + self.prompts_per_iteration):
+            deck, offset = divmod(card, count)
+            if deck not in decks:
+                generator = self._timestep_stream(deck, _PROMPT_ORDER, 0)
+                decks[deck] = generator.permutation(count).tolist()
+            dealt.append(self.prompts[decks[deck][offset]])
+        return dealt
+
+    def _timestep_stream(self, iteration: int, position: int, sample: int) -> Generator:
+        return stream(self.seed, "timestep", iteration=iteration, position=position, sample=sample)

@@ -1,0 +1,207 @@
+"""Checkpoints that are whole or not there.
+
+A checkpoint is written to a temporary folder beside its final place, every file and folder is
+flushed to the disk, and one rename makes it visible. `manifest.json` lists the sha256 of every
+file; nothing is loaded before all of them agree. Only tensors and plain values are ever unpickled.
+
+    checkpoints/step_000040/  parameters.safetensors  state.pt  meta.json  manifest.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffusion_align.errors import UserError
+
+FORMAT = 1
+_PREFIX, _TEMPORARY, _ASIDE = "step_", ".writing-", "damaged-"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a run needs to go on. `state` holds tensors and plain values only."""
+
+    step: int
+    iteration: int
+    seconds: float
+    algorithm: str
+    parameters: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint whose files are not what was written; the message names the file."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write atomically, then delete all but the `keep` newest.
+
+    Raises:
+        UserError: the disk is full or cannot be written; older checkpoints are untouched.
+    """
+    target = folder / f"{_PREFIX}{checkpoint.step:06d}"
+    write_atomically(target, lambda place: _write(place, checkpoint))
+    for old in sorted(_existing(folder), reverse=True)[max(keep, 1) :]:
+        shutil.rmtree(folder / f"{_PREFIX}{old:06d}", ignore_errors=True)
+    return target
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, flush it, and rename it to `target`.
+
+    An existing `target` is replaced (it lies aside for the moment between two renames); there is
+    never half of one.
+
+    Raises:
+        UserError: the disk is full or cannot be written.
+    """
+    temporary = target.parent / f"{_TEMPORARY}{target.name}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for path in [*temporary.rglob("*"), temporary]:
+            _flush(path)
+        if target.exists():
+            replaced = target.parent / f".replaced-{target.name}"
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(target, replaced)
+            os.rename(temporary, target)
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(temporary, target)
+        _flush(target.parent)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"could not be written ({error.strerror or error})",
+            where=str(target),
+            fix="free space or choose another output; checkpoints made before are intact",
+        ) from error
+
+
+def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest sound checkpoint, or None where none was ever made.
+
+    A damaged one is named to `say`, set aside (renamed, never deleted) and the next older taken.
+
+    Raises:
+        UserError: there are checkpoints and all of them are damaged.
+    """
+    if folder.exists():
+        for leftover in folder.glob(f"{_TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+    found = sorted(_existing(folder), reverse=True)
+    faults: list[str] = []
+    for step in found:
+        path = folder / f"{_PREFIX}{step:06d}"
+        try:
+            return load_checkpoint(path)
+        except DamagedCheckpoint as damage:
+            faults.append(str(damage))
+            say(f"{damage}; looking for an older checkpoint")
+            aside = folder / f"{_ASIDE}{path.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(path, aside)
+    if faults:
+        raise UserError(
+            "no checkpoint of this run is sound",
+            where=str(folder),
+            fix="\n".join([*faults, "begin again with --new"]),
+        )
+    return None
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint after checking every file's sha256.
+
+    Raises:
+        DamagedCheckpoint: naming the file that is missing or altered.
+    """
+    manifest = _read_json(path / "manifest.json")
+    for name, expected in manifest.items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{file}: missing")
+        if _sha256(file) != expected:
+            raise DamagedCheckpoint(f"{file}: damaged (its sha256 is not that of the manifest)")
+    meta = _read_json(path / "meta.json")
+    if meta.get("format") != FORMAT:
+        raise DamagedCheckpoint(
+            f"{path / 'meta.json'}: format {meta.get('format')!r}, not {FORMAT}"
+        )
+    return Checkpoint(
+        step=meta["step"],
+        iteration=meta["iteration"],
+        seconds=meta["seconds"],
+        algorithm=meta["algorithm"],
+        parameters=load_file(path / "parameters.safetensors"),
+        state=torch.load(path / "state.pt", map_location="cpu", weights_only=True),
+    )
+
+
+def _write(place: Path, checkpoint: Checkpoint) -> None:
+    # One after another, so that a crash at any point leaves a folder without a manifest.
+    tensors = {
+        name: value.detach().cpu().contiguous() for name, value in checkpoint.parameters.items()
+    }
+    save_file(tensors, place / "parameters.safetensors")
+    torch.save(dict(checkpoint.state), place / "state.pt")
+    meta = {
+        "format": FORMAT,
+        "step": checkpoint.step,
+        "iteration": checkpoint.iteration,
+        "seconds": checkpoint.seconds,
+        "algorithm": checkpoint.algorithm,
+    }
+    (place / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
+    names = ("parameters.safetensors", "state.pt", "meta.json")
+    manifest = {name: _sha256(place / name) for name in names}
+    (place / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def _existing(folder: Path) -> list[int]:
+    names = [path.name for path in folder.glob(f"{_PREFIX}*")] if folder.exists() else []
+    return [int(name[len(_PREFIX) :]) for name in names if name[len(_PREFIX) :].isdecimal()]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path}: missing") from None
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"{path}: damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise DamagedCheckpoint(f"{path}: damaged (no object)")
+    return content
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """fsync a file or folder; folders cannot be opened on Windows, where rename is enough."""
+    if path.is_dir() and os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,166 @@
+"""The run folder: config.yaml (written by the command line), env.json, metrics.jsonl, samples/,
+checkpoints/step_*/ and final/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diffusion_align.errors import UserError
+
+_RECORDED = (
+    "diffusion-align",
+    "torch",
+    "diffusers",
+    "transformers",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "numpy",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where one run keeps its files."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "final"
+
+    def samples(self, step: int) -> Path:
+        """Folder of the pictures of one step."""
+        return self.path / "samples" / f"step_{step:06d}"
+
+    def holds_a_run(self) -> bool:
+        """Whether something was trained here; a config.yaml alone is no run."""
+        return self.metrics.exists() or self.checkpoints.exists()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
+        if not self.metrics.exists():
+            return []
+        rows = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+        return rows
+
+    def cut(self, step: int) -> None:
+        """Forget metrics and samples past `step`: the resumed run makes them again."""
+        if self.metrics.exists():
+            kept = [row for row in self.rows() if row["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            temporary = self.metrics.with_suffix(".tmp")
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, self.metrics)
+        for folder in (self.path / "samples").glob("step_*"):
+            if folder.name[5:].isdecimal() and int(folder.name[5:]) > step:
+                shutil.rmtree(folder)
+
+
+def open_run_folder(
+    output: str | Path | None, *, name: str = "run", resume: bool = False, new: bool = False
+) -> RunFolder:
+    """The folder of a run that begins or goes on. Calling it twice is harmless.
+
+    Args:
+        output: the folder; None takes the next free ``runs/<name>-001``.
+        resume: go on with the run in it.
+        new: a run in it is moved aside to ``<folder>.old-1`` (never deleted).
+
+    Raises:
+        UserError: a run is there and neither was asked for, both were, there is nothing to
+            resume, or the folder cannot be written.
+    """
+    if resume and new:
+        raise UserError("resume and new exclude each other", where="train")
+    if output is None:
+        if resume:
+            raise UserError("resume needs the folder of the run", where="output")
+        folder = RunFolder(_free(Path("runs"), f"{name}-{{:03d}}"))
+    else:
+        folder = RunFolder(Path(output).expanduser())
+    if folder.path.exists() and not folder.path.is_dir():
+        raise UserError("this is a file, not a run folder", where=str(folder.path))
+    if resume and not folder.holds_a_run():
+        raise UserError(
+            "there is no run to resume in this folder",
+            where=str(folder.path),
+            fix="leave --resume out to begin one",
+        )
+    if folder.holds_a_run() and not resume:
+        if not new:
+            raise _occupied(folder)
+        aside = _free(folder.path.parent, f"{folder.path.name}.old-{{}}")
+        os.replace(folder.path, aside)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        (folder.path / "samples").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot write here ({error.strerror})",
+            where=str(folder.path),
+            fix="choose another folder with output=...",
+        ) from error
+    return folder
+
+
+def _free(parent: Path, pattern: str) -> Path:
+    number = 1
+    while (parent / pattern.format(number)).exists():
+        number += 1
+    return parent / pattern.format(number)
+
+
+def _occupied(folder: RunFolder) -> UserError:
+    rows = folder.rows()
+    done = f" (step {rows[-1]['step']})" if rows else ""
+    config = folder.path / "config.yaml"
+    command = f"diffusion-align train {config if config.exists() else 'CONFIG'}"
+    where = "" if config.exists() else f" output={folder.path}"
+    return UserError(
+        f"this folder already holds a run{done}",
+        where=str(folder.path),
+        fix=f"go on with it:        {command}{where} --resume\n"
+        f"put it aside, begin:  {command}{where} --new\n"
+        "in Python:            train(..., resume=True) or train(..., new=True)",
+    )
+
+
+def write_environment(folder: RunFolder, device: str) -> None:
+    """env.json: versions and machine, nothing from the process's environment."""
+    versions: dict[str, str | None] = {}
+    for package in _RECORDED:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    content = {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "packages": versions,
+    }
+    (folder.path / "env.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

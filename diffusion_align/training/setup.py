@@ -1,0 +1,200 @@
+"""What the loop drives: accelerate, the optimiser and the parameters, set up and given back."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from diffusion_align.algorithms.base import Algorithm
+from diffusion_align.errors import UserError
+from diffusion_align.training.checkpoint import Checkpoint
+from diffusion_align.training.options import TrainOptions
+
+
+class Machinery:
+    """A context that puts the prepared module into the policy's slot and takes it out again.
+
+    The accelerator is built with accumulation 1: `accelerator.backward` would divide every loss of
+    a chain. Scaling is the algorithm's.
+    """
+
+    def __init__(self, algorithm: Algorithm[Any, Any], options: TrainOptions) -> None:
+        self._policy = algorithm.policy
+        self._options = options
+        self.parameters: list[nn.Parameter] = list(self._policy.trainable_parameters())
+        if not self.parameters:
+            raise UserError(
+                "this policy has nothing to train",
+                where="policy",
+                fix="load it with lora_rank=8 (config: lora), or full=True",
+            )
+
+    def __enter__(self) -> Machinery:
+        options = self._options
+        on_cpu = torch.device(self._policy.device).type == "cpu"
+        if on_cpu and options.mixed_precision == "fp16":
+            raise _error("mixed_precision", "fp16 needs a GPU", "use no, or bf16")
+        self._owns_state = not AcceleratorState._shared_state
+        self._accelerator = Accelerator(
+            mixed_precision=options.mixed_precision, cpu=on_cpu, gradient_accumulation_steps=1
+        )
+        bare: nn.Module = self._policy.denoiser
+        names = {id(parameter): name for name, parameter in bare.named_parameters()}
+        self._names = [
+            names.get(id(parameter), f"parameter_{number}")
+            for number, parameter in enumerate(self.parameters)
+        ]
+        self._policy.denoiser = self._accelerator.prepare_model(bare)
+        adamw = torch.optim.AdamW(
+            self.parameters,
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.weight_decay,
+        )
+        self._optimizer: Any = self._accelerator.prepare_optimizer(adamw)
+        self._optimizer.zero_grad()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._optimizer.zero_grad()
+        self._policy.denoiser = self._accelerator.unwrap_model(
+            self._policy.denoiser, keep_fp32_wrapper=False
+        )
+        if self._owns_state and self._accelerator.num_processes == 1:
+            # accelerate keeps its settings per process; the next run may want others.
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the run computes."""
+        return self._accelerator.device
+
+    @property
+    def scaled(self) -> bool:
+        """Whether an fp16 gradient scaler is at work."""
+        return self._accelerator.scaler is not None
+
+    def no_sync(self) -> AbstractContextManager[Any]:
+        """Gradients of losses inside are not exchanged between processes yet."""
+        return self._accelerator.no_sync(self._policy.denoiser)
+
+    def backward(self, loss: Tensor) -> None:
+        """Back-propagate one loss (fp16: times the scaler's factor)."""
+        self._accelerator.backward(loss)
+
+    def clip(self) -> float:
+        """Clip the gradient; its norm before."""
+        limit = self._options.max_grad_norm or math.inf
+        norm = self._accelerator.clip_grad_norm_(self.parameters, limit)
+        return float(norm) if norm is not None else math.nan
+
+    def update(self) -> None:
+        """One optimiser step from the gradients, which are then dropped."""
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def readings(self) -> dict[str, float]:
+        """The learning rate, and the peak memory so far in GiB."""
+        return {"train/learning_rate": self._optimizer.param_groups[0]["lr"], **self._memory()}
+
+    def _memory(self) -> dict[str, float]:
+        # The device's own, or the process's on a CPU.
+        if self.device.type == "cuda":
+            return {"memory/peak_gb": torch.cuda.max_memory_allocated(self.device) / 2**30}
+        if sys.platform == "win32":
+            return {}
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return {"memory/peak_gb": round(peak / 2**30, 3)}
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The trained parameters by name."""
+        return dict(zip(self._names, self.parameters, strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and, in fp16, scaler."""
+        scaler = self._accelerator.scaler
+        return {
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    @torch.no_grad()
+    def load(self, checkpoint: Checkpoint, algorithm: str) -> None:
+        """Put a checkpoint's parameters, optimiser and scaler in place.
+
+        Raises:
+            UserError: the checkpoint is another algorithm's, or its parameters are not those of
+                this policy (another rank, other targets).
+        """
+        mine = self.named_parameters()
+        problems = _differences(mine, checkpoint.parameters)
+        if checkpoint.algorithm != algorithm:
+            problems.insert(0, f"it is one of {checkpoint.algorithm}, not of {algorithm}")
+        if problems:
+            raise UserError(
+                "the checkpoint does not fit: " + "; ".join(problems),
+                where=f"step {checkpoint.step}",
+                fix="resume with the algorithm, model, lora.rank and lora.targets it was made with",
+            )
+        for name, parameter in mine.items():
+            parameter.copy_(checkpoint.parameters[name])
+        self._optimizer.load_state_dict(checkpoint.state["optimizer"])
+        if self._accelerator.scaler is not None and checkpoint.state["scaler"]:
+            self._accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+
+def _differences(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    if missing := sorted(set(mine) - set(theirs)):
+        problems.append(f"{len(missing)} parameters are missing (first: {missing[0]})")
+    if extra := sorted(set(theirs) - set(mine)):
+        problems.append(f"{len(extra)} parameters are unknown (first: {extra[0]})")
+    for name in sorted(set(mine) & set(theirs)):
+        if mine[name].shape != theirs[name].shape:
+            problems.append(f"{name} is {list(theirs[name].shape)}, not {list(mine[name].shape)}")
+            break
+    return problems
+
+
+def check_options(options: TrainOptions, algorithm: Algorithm[Any, Any]) -> None:
+    """Refuse options that cannot be run.
+
+    Raises:
+        UserError: naming the option, with the arithmetic where numbers do not divide.
+    """
+    for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
+        if getattr(options, name) < 1:
+            raise _error(name, f"{getattr(options, name)} is not at least 1")
+    for name in ("checkpoint_every", "sample_every", "weight_decay", "max_grad_norm"):
+        if getattr(options, name) < 0:
+            raise _error(name, f"{getattr(options, name)} is negative")
+    if not options.learning_rate > 0:
+        raise _error("learning_rate", f"{options.learning_rate} is not positive")
+    count = algorithm.minibatch_count()
+    if count % options.accumulation:
+        near = [d for d in range(1, count + 1) if count % d == 0]
+        near = [d for d in near if d < options.accumulation][-1:] + [
+            d for d in near if d > options.accumulation
+        ][:1]
+        raise _error(
+            "accumulation",
+            f"the {count} minibatches of an iteration do not split into updates of "
+            f"{options.accumulation}",
+            f"nearest: {', '.join(map(str, near))}",
+        )
+
+
+def _error(name: str, what: str, fix: str = "") -> UserError:
+    return UserError(what, where=f"train.{name}", fix=fix)
