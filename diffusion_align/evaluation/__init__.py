@@ -2,7 +2,8 @@
 
 `generate` makes the pictures, `statistics` and `diversity` measure them, `compare` puts both
 together, `report` writes `report.html`, and `probe` does a small version of it during training.
-Nothing is imported until it is used (PEP 562).
+Nothing is imported until it is used (PEP 562). `compare` and `generate` share their names with
+their files and come from there: `from diffusion_align.evaluation.compare import compare`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from diffusion_align.evaluation.compare import compare
     from diffusion_align.evaluation.comparison import Comparison, Result, Setup
-    from diffusion_align.evaluation.generate import Pictures, evaluation_sampling, generate
+    from diffusion_align.evaluation.generate import Pictures, evaluation_sampling
     from diffusion_align.evaluation.options import EvaluationOptions
     from diffusion_align.evaluation.probe import Probe
     from diffusion_align.evaluation.report import write_report
@@ -27,9 +27,7 @@ _HOMES = {
     "Probe": "probe",
     "Result": "comparison",
     "Setup": "comparison",
-    "compare": "compare",
     "evaluation_sampling": "generate",
-    "generate": "generate",
     "paired": "statistics",
     "write_report": "report",
 }
@@ -42,9 +40,7 @@ __all__ = [
     "Probe",
     "Result",
     "Setup",
-    "compare",
     "evaluation_sampling",
-    "generate",
     "paired",
     "write_report",
 ]

@@ -32,7 +32,7 @@ from diffusion_align.evaluation.generate import Pictures, Reference, generate
 from diffusion_align.evaluation.report import write_report
 from diffusion_align.evaluation.scoring import score_pictures
 from diffusion_align.evaluation.statistics import Floats
-from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
+from diffusion_align.sampling.options import ResolvedSampling, SamplingOptions, resolve_sampling
 
 if TYPE_CHECKING:
     from diffusion_align.evaluation.diversity import Features
@@ -59,13 +59,14 @@ def compare(
     training_prompts: Sequence[str] = (),
     features: Features | None = None,
     against: Reference = "base",
+    base: Policy | None = None,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Comparison:
-    """Compare a tuned policy with its own base and write the report.
+    """Compare a tuned policy with its base and write the report.
 
     Args:
-        policy: a tuned policy; its own reference gives the base.
+        policy: a tuned policy; its own reference gives the base, unless `base` is given.
         prompts: what `load_prompts` takes; 20 or more for a verdict.
         rewards: name -> scorer. Name at least one that was not trained on.
         output: folder for pictures, `report.html`, `scores.csv`, `summary.json`, `grid.png`.
@@ -79,17 +80,23 @@ def compare(
             instead of pixel space.
         against: what "base" is: the model without any adapter, or the policy as its training began
             (they differ where it continued from a LoRA).
+        base: a base model of its own, for a tuned model that was saved whole; `against` is then
+            not read. Both draw with this model's default sampling.
         overwrite: replace an earlier comparison in `output`.
         progress: called with pictures done and pictures in all.
 
     Raises:
-        UserError: no reward, no prompt, or `output` holds a comparison already.
+        UserError: no reward, no prompt, `output` holds a comparison already, or `base` and
+            `policy` cannot share noise.
         RewardError: a reward broke its contract.
     """
     items = load_prompts(prompts)
     _check(rewards, seeds, output, overwrite)
+    info = policy.info if base is None else base.info
+    settings = resolve_sampling(sampling, info)
+    if base is not None:
+        _check_same_noise(base, policy, settings)
     _clear(output)
-    settings = resolve_sampling(sampling, policy.info)
     tables: dict[Side, list[Table]] = {"base": [], "tuned": []}
     total = len(SIDES) * len(items) * seeds
     stride = max(1, settings.batch_size // seeds)
@@ -97,12 +104,13 @@ def compare(
     for first in range(0, len(items), stride):
         part = items[first : first + stride]
         for side in SIDES:
+            drawn_by = base if side == "base" and base is not None else policy
             pictures = generate(
-                policy,
+                drawn_by,
                 part,
                 seeds,
                 settings,
-                reference=against if side == "base" else None,
+                reference=against if side == "base" and base is None else None,
                 run_seed=run_seed,
                 first_position=first,
             )
@@ -116,7 +124,7 @@ def compare(
     results = _results(tables, rewards, trained_on, features is not None)
     comparison = Comparison(
         setup=Setup(
-            model=policy.info.name,
+            model=info.name,
             tuned=tuned_name,
             sampler=sampler_name(policy.family.schedule, settings),
             steps=settings.steps,
@@ -181,6 +189,26 @@ def _check(rewards: Mapping[str, Reward], seeds: int, output: Path, overwrite: b
             "this folder already holds a comparison",
             where=str(output),
             fix="choose another folder, or say that it may be overwritten",
+        )
+
+
+def _check_same_noise(base: Policy, tuned: Policy, sampling: ResolvedSampling) -> None:
+    """Pairs share their noise, so both models need the same latents and the same process."""
+    kinds = [policy.family.name for policy in (base, tuned)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{base.info.name} is {kinds[0]} and {tuned.info.name} is {kinds[1]}",
+            where="base",
+            fix="compare a tuned model with the model it was tuned from",
+        )
+    size = (sampling.height, sampling.width)
+    shapes = [policy.latent_shape(*size) for policy in (base, tuned)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"latents of {base.info.name} are {list(shapes[0])} and of {tuned.info.name} "
+            f"{list(shapes[1])}",
+            where="base",
+            fix="compare a tuned model with the model it was tuned from",
         )
 
 

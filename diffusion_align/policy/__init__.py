@@ -5,6 +5,7 @@
     encoder.py       prompts -> conditioning, once per prompt
     families.py      what capture cannot find out, as data      guidance.py, latents.py  their rules
     loading.py       names, folders, checksums, schedulers      adapter.py  LoRA and references
+    devices.py       the device that a word names               tuned.py    what a run left behind
     policy.py        `Policy`, which puts these together
 
 Nothing is imported until it is used (PEP 562): the catalogue and the options need no torch.

@@ -27,10 +27,10 @@ from torch.nn import functional
 
 from diffusion_align.errors import UserError, did_you_mean
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.tuned import LORA_FILE, find_lora
 
 TRAINED = "default"
 SNAPSHOT = "snapshot"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 
 
 class TrainingDropout(nn.Module):
@@ -118,7 +118,7 @@ class Adapter:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
             type(pipeline).save_lora_weights(
                 unfinished,
-                weight_name=WEIGHTS_FILE,
+                weight_name=LORA_FILE,
                 safe_serialization=True,
                 **{
                     f"{family.denoiser}_lora_layers": state,
@@ -127,7 +127,7 @@ class Adapter:
                     ].to_dict(),
                 },
             )
-            os.replace(Path(unfinished) / WEIGHTS_FILE, folder / WEIGHTS_FILE)
+            os.replace(Path(unfinished) / LORA_FILE, folder / LORA_FILE)
 
 
 def add_lora(
@@ -190,7 +190,7 @@ def load_lora(
     Args:
         pipeline: a bare pipeline on the CPU.
         family: its row.
-        path: folder or `.safetensors` file.
+        path: `.safetensors` file, its folder, or a run.
         rank: what the user expects, or None.
         dropout: of the trained adapter from now on.
         dtype: of the trained weights.
@@ -198,7 +198,7 @@ def load_lora(
     Raises:
         UserError: no weights, weights for another model or for a text encoder, another rank.
     """
-    file = find_weights(path)
+    file = find_lora(path)
     denoiser = getattr(pipeline, family.denoiser)
     try:
         with safe_open(file, "pt") as stored:
@@ -238,29 +238,6 @@ def load_lora(
             fix="leave the rank out when starting from a LoRA",
         )
     return Adapter(denoiser, dropout=dropout, dtype=dtype, reference_is_snapshot=True)
-
-
-def find_weights(path: Path) -> Path:
-    """The safetensors file of a LoRA given as a folder or a file.
-
-    Raises:
-        UserError: nothing there, or several files none of which has the usual name.
-    """
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise UserError("no such LoRA folder or file", where=str(path))
-    if (path / WEIGHTS_FILE).is_file():
-        return path / WEIGHTS_FILE
-    files = sorted(path.glob("*.safetensors"))
-    if len(files) == 1:
-        return files[0]
-    names = ", ".join(file.name for file in files)
-    raise UserError(
-        f"which LoRA is meant? {names}" if files else "this folder holds no LoRA weights",
-        where=str(path),
-        fix="give the file itself" if files else f"a saved LoRA is {WEIGHTS_FILE}",
-    )
 
 
 @contextmanager

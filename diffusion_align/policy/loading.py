@@ -53,25 +53,6 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def device_of(name: str) -> torch.device:
-    """The torch device of an option's word; "auto" is CUDA where there is one.
-
-    Raises:
-        UserError: an unknown device, or CUDA without a GPU.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(
-            f"unknown device {name!r}", where="model.device", fix="auto, cpu, cuda or cuda:0"
-        ) from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no CUDA GPU", where="model.device", fix="use auto or cpu")
-    return device
-
-
 def verify_checksums(folder: Path) -> None:
     """Compare every file that `SHA256SUMS.json` lists with its checksum.
 
@@ -142,7 +123,7 @@ def load_pipeline(
             "vae": torch.float32 if dtype == torch.float16 else dtype,
             "default": dtype,
         }
-        with _loading_bars(shown=not local):
+        with library_bars(shown=not local):
             pipeline = DiffusionPipeline.from_pretrained(
                 source,
                 revision=revision,
@@ -174,8 +155,8 @@ def _dropped(family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _loading_bars(*, shown: bool) -> Iterator[None]:
-    """Downloads show progress; reading a folder takes a moment and needs none."""
+def library_bars(*, shown: bool) -> Iterator[None]:
+    """diffusers' and transformers' bars: of use for a download, not for a folder's moment."""
     loggers = [
         library
         for library in (diffusers.utils.logging, transformers.utils.logging)

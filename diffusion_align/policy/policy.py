@@ -21,11 +21,12 @@ from diffusion_align.policy import guidance, latents
 from diffusion_align.policy.adapter import Adapter, add_lora, load_lora
 from diffusion_align.policy.catalogue import ModelInfo, resolve
 from diffusion_align.policy.conditioning import Conditioning
+from diffusion_align.policy.devices import device_of
 from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
 from diffusion_align.policy.loading import (
-    device_of,
     dtype_of,
+    library_bars,
     load_pipeline,
     use_ddim,
     with_size,
@@ -299,7 +300,8 @@ class Policy:
         if self._adapter is not None:
             self._adapter.save(self.pipeline, self.family, target)
         elif self._base_copy is not None:
-            self.pipeline.save_pretrained(target, safe_serialization=True)
+            with library_bars(shown=False):
+                self.pipeline.save_pretrained(target, safe_serialization=True)
         else:
             raise UserError("a frozen policy has nothing to save", where=str(target))
 

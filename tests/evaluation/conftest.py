@@ -90,6 +90,9 @@ class FakePolicy:
         }
         return ddim_schedule(config, steps)
 
+    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+        return LATENT
+
     def initial_noise(self, noise: Tensor) -> Tensor:
         self.start_noise.append(noise)
         return noise

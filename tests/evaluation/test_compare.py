@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from diffusion_align.data.prompts import Prompt
 from diffusion_align.errors import UserError
 from diffusion_align.evaluation.compare import compare, sampler_name
 from diffusion_align.evaluation.comparison import Comparison
+from diffusion_align.policy.families import FAMILIES
 from diffusion_align.sampling.options import SamplingOptions
 
 WORDS = [f"prompt {'x' * (p % 7)} {p}" for p in range(24)]
@@ -119,6 +121,42 @@ def test_an_untouched_policy_is_unchanged(
     paired = found.result("light").paired
     assert (paired.difference, paired.ci95, paired.ties) == (0.0, (0.0, 0.0), 48)
     assert found.verdict == "Unchanged: every pair scores the same."
+
+
+def test_a_base_of_its_own_gives_what_the_reference_gives(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"rewards": {"light": brightness()}, "seeds": 2}
+    tuned = fake_policy(shift=0.5)
+    one = compare(fake_policy(shift=0.5), WORDS, output=tmp_path / "one", **how)
+    two = compare(tuned, WORDS, base=fake_policy(0.0), output=tmp_path / "two", **how)
+    assert two.summary() == one.summary()
+    assert tuned.references == []
+
+
+def test_both_models_are_sampled_as_the_base_is_meant_to_be(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    base, tuned = fake_policy(), fake_policy(shift=0.5)
+    base.info = replace(base.info, name="the base", steps=2, guidance_scale=1.5)
+    rewards = {"light": brightness()}
+    found = compare(tuned, WORDS[:2], base=base, rewards=rewards, seeds=1, output=tmp_path)
+    setup = found.setup
+    assert (setup.model, setup.steps, setup.guidance_scale) == ("the base", 2, 1.5)
+
+
+def test_models_that_cannot_share_noise_are_not_compared(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    other_family, other_shape = fake_policy(), fake_policy()
+    other_family.family = FAMILIES[1]
+    other_shape.latent_shape = lambda height, width: (16, 2, 2)
+    for base, message in ((other_family, "is stable-diffusion-xl and"), (other_shape, "16, 2, 2")):
+        tuned, rewards = fake_policy(), {"light": brightness()}
+        with pytest.raises(UserError, match=message):
+            compare(tuned, WORDS[:2], base=base, rewards=rewards, output=tmp_path / "out")
+        assert not tuned.start_noise
+        assert not (tmp_path / "out").exists()
 
 
 def test_rewards_get_prompts_metadata_and_whole_groups(

@@ -295,6 +295,8 @@ def test_lora_mistakes_are_explained(folders: dict[str, Path], tmp_path: Path) -
         Policy.load(folder, lora_path=tmp_path)
     with pytest.raises(UserError, match="no such LoRA"):
         Policy.load(folder, lora_path=tmp_path / "missing")
+    with pytest.raises(UserError, match="a whole model, not a LoRA"):
+        Policy.load(folder, lora_path=folder)
     (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors"):
         Policy.load(folder, lora_path=tmp_path)

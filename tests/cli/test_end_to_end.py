@@ -1,0 +1,242 @@
+"""From a config to a report, through every command, on a small random model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def config(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "mine.yaml"
+    path.write_text(
+        f"""\
+model:
+  id: {model}
+  device: cpu
+lora:
+  rank: 2
+prompts:
+  source: [a cat, a dog, a cow, a fox]
+sampling:
+  steps: 4
+  batch_size: 4
+reward: compressibility
+algorithm:
+  name: ddpo
+  prompts_per_iteration: 2
+  samples_per_prompt: 2
+  train_batch_size: 2
+  advantages: group
+train:
+  steps: 4
+  learning_rate: 1e-2
+  checkpoint_every: 1
+  sample_every: 2
+evaluation:
+  prompts: [a bird, a fish]
+  seeds: 2
+  sample_prompts: 2
+  rewards: [incompressibility]
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run."""
+    from typer.testing import CliRunner
+
+    from diffusion_align.cli import app
+
+    folder = tmp_path_factory.mktemp("runs") / "mine"
+    done = CliRunner().invoke(app, ["train", str(config), "--output", str(folder)])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert str(folder / "final") in done.stdout
+    return folder
+
+
+def test_a_run_folder_holds_what_was_promised(run: Path) -> None:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
+    assert "reward/mean" in rows[1]
+    assert "heldout/incompressibility" in rows[0]
+    for name in ("config.yaml", "env.json", "samples/step_000000/grid.png", "final"):
+        assert (run / name).exists(), name
+
+
+def test_the_recorded_config_is_the_resolved_one(run: Path, config: Path) -> None:
+    from diffusion_align.config import differences, load_config
+
+    recorded = load_config(run / "config.yaml")
+    assert differences(recorded, load_config(config, [f"output={run}"])) == []
+
+
+def test_resuming_a_finished_run_adds_nothing(run: Path, call: Call) -> None:
+    before = (run / "metrics.jsonl").read_bytes()
+    done = call("train", run / "config.yaml", "--resume")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_the_tuned_model_draws_other_pictures_than_its_base(
+    run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a bird\na fish\n", encoding="utf-8")
+    common = ("--prompts", prompts, "--seeds", 2, "--steps", 4)
+    plain = call("sample", model, *common, "--out", tmp_path / "base")
+    assert plain.exit_code == 0, (plain.stderr, plain.exception)
+    tuned = call("sample", model, *common, "--out", tmp_path / "tuned", "--lora", run)
+    assert tuned.exit_code == 0, (tuned.stderr, tuned.exception)
+    names = sorted(path.name for path in (tmp_path / "base").glob("*.png"))
+    assert len(names) == 4
+    for name in names:
+        base = (tmp_path / "base" / name).read_bytes()
+        assert base != (tmp_path / "tuned" / name).read_bytes()
+    rows = [json.loads(line) for line in (tmp_path / "base" / "prompts.jsonl").open()]
+    assert {row["path"] for row in rows} == set(names)
+    # what `sample` writes, `score` reads
+    scored = call(
+        *("score", tmp_path / "base", "--prompts", tmp_path / "base" / "prompts.jsonl"),
+        *("--reward", "compressibility", "--out", tmp_path / "s.jsonl"),
+    )
+    assert scored.exit_code == 0, (scored.stderr, scored.exception)
+    first = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
+    assert first["prompt"] == "a bird"
+
+
+def test_compare_reports_base_against_tuned_and_knows_what_was_trained_on(
+    run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    words = ("compare", model, "--tuned", run, "--prompts", "animals", "--seeds", 2)
+    rewards = ("--reward", "compressibility,incompressibility")
+    done = call(*words, *rewards, "--out", tmp_path / "c", "--steps", 2)
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert f"report: {tmp_path / 'c' / 'report.html'}" in done.stdout
+    summary = json.loads((tmp_path / "c" / "summary.json").read_text())
+    assert summary["trained_on"] == ["compressibility"]
+    assert summary["pairs"] == 2 * summary["prompts"]
+    # base and tuned are really two models
+    assert summary["rewards"]["compressibility"]["difference"] != 0
+    again = call(*words, *rewards, "--out", tmp_path / "c", "--steps", 2)
+    assert again.exit_code == 2
+    assert "already holds a comparison" in again.stderr
+
+
+def test_compare_asks_what_was_trained_on_where_the_run_cannot_tell(
+    run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    (moved / "final").mkdir(parents=True)
+    for file in (run / "final").iterdir():
+        (moved / "final" / file.name).write_bytes(file.read_bytes())
+    text = (run / "config.yaml").read_text(encoding="utf-8")
+    text = text.replace("[a cat, a dog, a cow, a fox]", "gone.txt")
+    (moved / "config.yaml").write_text(text, encoding="utf-8")
+    words = ("compare", model, "--tuned", moved, "--prompts", "animals", "--seeds", 1)
+    rest = ("--reward", "compressibility", "--steps", 1, "--out", tmp_path / "c")
+    done = call(*words, *rest)
+    assert done.exit_code == 2
+    assert "gone.txt: no such prompt file" in done.stderr
+    assert "--trained-on" in done.stderr
+    done = call(*words, *rest, "--trained-on", "compressibility")
+    assert done.exit_code == 0, (done.stderr, done.exception)
+
+
+@pytest.fixture(scope="module")
+def full(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that trained every weight of the denoiser."""
+    from typer.testing import CliRunner
+
+    from diffusion_align.cli import app
+
+    folder = tmp_path_factory.mktemp("runs") / "full"
+    short = ("lora=null", "train.steps=1", "train.sample_every=0", "sampling.steps=2")
+    done = CliRunner().invoke(app, ["train", str(config), *short, "--output", str(folder)])
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    return folder
+
+
+def test_a_fully_tuned_model_is_compared_with_the_base_on_the_same_noise(
+    full: Path, run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    words = ("--prompts", "animals", "--seeds", 1, "--steps", 2, "--reward", "compressibility")
+    for name, tuned in (("full", full), ("lora", run)):
+        done = call("compare", model, "--tuned", tuned, *words, "--out", tmp_path / name)
+        assert done.exit_code == 0, (done.stderr, done.exception)
+    summary = json.loads((tmp_path / "full" / "summary.json").read_text())
+    assert summary["trained_on"] == ["compressibility"]
+    assert summary["rewards"]["compressibility"]["difference"] != 0
+    # The base is the same model on the same noise, whatever it is compared with, to the pixel.
+    for name in ("p0000_s00.png", "p0044_s00.png"):
+        pictures = [
+            (tmp_path / kind / "pictures" / "base" / name).read_bytes() for kind in ("full", "lora")
+        ]
+        assert pictures[0] == pictures[1]
+
+
+def test_a_fully_tuned_model_is_sampled_as_its_base_is(
+    full: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a bird\na fish\n", encoding="utf-8")
+    common = ("--prompts", prompts, "--steps", 2)
+    for name, words in (
+        ("base", ()),
+        ("run", ("--lora", full)),
+        ("final", ("--lora", full / "final")),
+    ):
+        done = call("sample", model, *common, *words, "--out", tmp_path / name)
+        assert done.exit_code == 0, (done.stderr, done.exception)
+    files = {
+        name: (tmp_path / name / "p0001_s00.png").read_bytes() for name in ("base", "run", "final")
+    }
+    assert files["run"] == files["final"]
+    assert files["run"] != files["base"]
+
+
+def test_a_whole_model_is_sampled_with_the_settings_of_the_model_it_comes_from(
+    full: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion_align.assemble import load_tuned
+    from diffusion_align.errors import UserError
+    from diffusion_align.policy import catalogue
+    from diffusion_align.policy.tuned import find_tuned
+
+    info = dataclasses.replace(catalogue.MODELS["tiny-sd"], steps=7, guidance_scale=2.5)
+    monkeypatch.setitem(catalogue.MODELS, "tiny-sd", info)
+    loaded = load_tuned("tiny-sd", find_tuned(full), "cpu").info
+    assert (loaded.steps, loaded.guidance_scale, loaded.height) == (7, 2.5, 32)
+    with pytest.raises(UserError, match="a whole stable-diffusion model, but sdxl is"):
+        load_tuned("sdxl", find_tuned(full), "cpu")
+
+
+def test_the_demo_trains_compares_and_ends_with_its_report(
+    model: Path, call: Call, tmp_path: Path
+) -> None:
+    # The demo's own config on the random model: two updates, so that only the path is tested.
+    done = call(
+        *("demo", "--out", tmp_path / "demo", f"model.id={model}", "model.device=cpu"),
+        *(
+            "reward=compressibility",
+            "evaluation.rewards=incompressibility",
+            "prompts.source=animals",
+        ),
+        *("evaluation.prompts=[a, b]", "evaluation.seeds=2", "sampling.steps=3", "train.steps=1"),
+        *("algorithm.prompts_per_iteration=2", "algorithm.samples_per_prompt=2"),
+        *("algorithm.train_batch_size=4", "evaluation.sample_prompts=1"),
+    )
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    report = Path(done.stdout.split("report: ")[1].strip())
+    assert report.is_file()
+    assert "compressibility" in report.read_text(encoding="utf-8")
