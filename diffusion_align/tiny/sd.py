@@ -21,7 +21,7 @@ from diffusion_align.tiny.pictures import draw_pictures
 from diffusion_align.tiny.text import MAX_TOKENS, WIDTH, new_text_encoder, new_tokenizer
 from diffusion_align.tiny.vae import encode_all
 
-STEPS = 7000
+STEPS = 5000
 _CAPTION_DROPOUT = 0.1
 
 
