@@ -35,6 +35,21 @@ class UserError(Exception):
         return "\n".join([head, *(f"    {line}" for line in self.fix.splitlines())])
 
 
+class OptionError(UserError, ValueError):
+    """An option that is out of range, raised by the dataclass that declares it.
+
+    Args:
+        name: the field.
+        what: what is wrong, to be read after the name.
+        fix: as in `UserError`.
+        reads: the other fields on which the range of this one hangs.
+    """
+
+    def __init__(self, name: str, what: str, *, fix: str = "", reads: tuple[str, ...] = ()) -> None:
+        super().__init__(what, where=name, fix=fix)
+        self.reads = (name, *reads)
+
+
 def did_you_mean(word: str, candidates: Iterable[str]) -> str | None:
     """The candidate closest to `word` (case ignored), or None where nothing is close.
 

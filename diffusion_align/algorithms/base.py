@@ -107,6 +107,10 @@ class Algorithm(Protocol[AnyBatch, Minibatch]):
         """How many minibatches one batch is cut into, known before anything is collected."""
         ...
 
+    def minibatch_arithmetic(self) -> str:
+        """How that number comes about, for messages: ``24 pairs / 3 = 8 minibatches``."""
+        ...
+
     def losses(
         self, minibatch: Minibatch, scale: float
     ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

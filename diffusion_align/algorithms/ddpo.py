@@ -30,7 +30,8 @@ from diffusion_align.algorithms.advantages import (
 )
 from diffusion_align.algorithms.base import Listener, Needs, Silence
 from diffusion_align.algorithms.batches import TrajectoryBatch, TrajectoryMinibatch, cut
-from diffusion_align.algorithms.checks import check_options
+from diffusion_align.algorithms.checks import check_sampling
+from diffusion_align.algorithms.clipping import clip_bounds
 from diffusion_align.algorithms.collection import (
     Collection,
     collect_samples,
@@ -38,7 +39,7 @@ from diffusion_align.algorithms.collection import (
     reward_metrics,
 )
 from diffusion_align.algorithms.likelihood import Likelihood, branches
-from diffusion_align.algorithms.losses import clip_bounds, clipped_policy_loss
+from diffusion_align.algorithms.losses import clipped_policy_loss
 from diffusion_align.algorithms.options import DDPOOptions
 from diffusion_align.algorithms.plan import Plan
 from diffusion_align.algorithms.replay import (
@@ -67,7 +68,7 @@ class DDPO:
         seed: of everything random here.
 
     Raises:
-        UserError: options that do not fit together, with the arithmetic.
+        UserError: options, sampling and model that do not fit together.
     """
 
     def __init__(
@@ -93,7 +94,7 @@ class DDPO:
             "mean" if o.clip_unit == "mean" else "sum",
         )
         self._steps = self._likelihood.stochastic_steps()
-        check_options(o, self.sampling, len(self._steps))
+        check_sampling(o, self.sampling, len(self._steps))
         refuse_dropout(policy.denoiser)
         # The tiny term keeps 0.29 x 100 from flooring to 28.
         self._trained_steps = max(1, int(len(self._steps) * o.timestep_fraction + 1e-9))
@@ -195,7 +196,11 @@ class DDPO:
 
     def minibatch_count(self) -> int:
         """Minibatches of an iteration (fewer only where all rewards of one failed)."""
-        return self.options.inner_epochs * len(self._plan) // self.options.train_batch_size
+        return self.options.minibatches
+
+    def minibatch_arithmetic(self) -> str:
+        """`32 samples / 8 x 2 inner epochs = 8 minibatches`."""
+        return self.options.arithmetic
 
     def minibatches(self, batch: TrajectoryBatch) -> Iterator[TrajectoryMinibatch]:
         """Shuffled samples in chunks of `train_batch_size`, without those whose reward failed."""

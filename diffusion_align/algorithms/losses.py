@@ -6,15 +6,10 @@ configs. Everything is computed in float32 (float64 stays float64).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-FLOAT32_STEP = 2.0**-23
-"""Distance from 1 to the next float32."""
 
 
 @dataclass(frozen=True)
@@ -29,30 +24,6 @@ class RatioStatistics:
     max_deviation: Tensor
     clip_fraction: Tensor
     kl: Tensor
-
-
-def clip_bounds(clip_range: float, unit: Literal["mean", "nats"] = "mean") -> tuple[float, float]:
-    """The interval that the ratio is clipped to.
-
-    `mean`: 1 - c to 1 + c on the ratio of dimension-averaged log-probabilities, as every published
-    recipe. `nats`: exp(-c) to exp(c) on the ratio of summed ones, which stays positive for a
-    range above 1 (1e-4 mean is 1.6 nats at SD 1.5).
-
-    Raises:
-        ValueError: not positive, or so small that a bound lies under ten float32 steps from 1.
-    """
-    if not clip_range > 0 or not math.isfinite(clip_range):
-        raise ValueError(f"the clip range must be a positive number, got {clip_range}")
-    if clip_range < 10 * FLOAT32_STEP:
-        raise ValueError(
-            f"a clip range of {clip_range:g} is under ten float32 steps from 1 "
-            f"({10 * FLOAT32_STEP:.2g}): rounding alone would clip"
-        )
-    if unit == "nats":
-        return math.exp(-clip_range), math.exp(clip_range)
-    if clip_range >= 1:
-        raise ValueError(f"a clip range of {clip_range:g} (mean) reaches a ratio of 0")
-    return 1 - clip_range, 1 + clip_range
 
 
 def clipped_policy_loss(

@@ -5,10 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusion_align.algorithms.clipping import clip_bounds
+from diffusion_align.errors import OptionError
+from diffusion_align.ranges import at_least, nearest_divisors, positive, require, words
+
 
 @dataclass(frozen=True)
 class DDPOOptions:
-    """What steers DDPO. *Source:* Black et al. 2023 (arXiv 2305.13301) and ddpo-pytorch."""
+    """What steers DDPO. *Source:* Black et al. 2023 (arXiv 2305.13301) and ddpo-pytorch.
+
+    Errors: a value out of range, or batches that do not divide, raise `OptionError`.
+    """
 
     prompts_per_iteration: int = field(
         default=8, metadata={"doc": "prompts drawn for one collection"}
@@ -78,3 +85,53 @@ class DDPOOptions:
             "clip_unit; 0 turns it off and saves the reference's forward"
         },
     )
+
+    def __post_init__(self) -> None:
+        words(self)
+        at_least(
+            self,
+            1,
+            "prompts_per_iteration",
+            "samples_per_prompt",
+            "train_batch_size",
+            "timesteps_per_loss",
+            "inner_epochs",
+            "buffer_size",
+            "buffer_min_count",
+        )
+        positive(self, "advantage_clip")
+        require(self, "lie in (0, 1]", lambda share: 0 < share <= 1, "timestep_fraction")
+        at_least(self, 0, "kl_weight")
+        clip_bounds(self.clip_range, self.clip_unit)
+        if self.buffer_min_count > self.buffer_size:
+            raise OptionError(
+                "buffer_min_count",
+                f"{self.buffer_min_count} rewards never fit a buffer of {self.buffer_size}",
+                reads=("buffer_size",),
+            )
+        if self.samples % self.train_batch_size:
+            raise OptionError(
+                "train_batch_size",
+                f"{self.prompts_per_iteration} prompts x {self.samples_per_prompt} samples = "
+                f"{self.samples} samples do not split into batches of {self.train_batch_size}",
+                fix=f"nearest that do: {nearest_divisors(self.samples, self.train_batch_size)}",
+                reads=("prompts_per_iteration", "samples_per_prompt"),
+            )
+
+    @property
+    def samples(self) -> int:
+        """Samples of one iteration."""
+        return self.prompts_per_iteration * self.samples_per_prompt
+
+    @property
+    def minibatches(self) -> int:
+        """Minibatches of one iteration."""
+        return self.samples // self.train_batch_size * self.inner_epochs
+
+    @property
+    def arithmetic(self) -> str:
+        """How the number of minibatches comes about, for messages."""
+        return (
+            f"{self.samples} samples / {self.train_batch_size} x {self.inner_epochs} inner epochs "
+            f"= {self.minibatches} minibatches"
+        )

@@ -1,4 +1,4 @@
-"""Rules over several keys, and names that other rooms know: models, rewards, prompts.
+"""Rules over several sections, and names that other rooms know: models, rewards, prompts.
 
 Each rule says which keys it reads and is skipped while one of them is in doubt, so that a typo does
 not drag a phantom problem behind it. A rule yields `(key, what, hint)`.
@@ -12,7 +12,7 @@ from typing import Any
 
 from diffusion_align.config.source import Node
 from diffusion_align.config.validate import ALGORITHM, Reading
-from diffusion_align.errors import UserError
+from diffusion_align.errors import OptionError, UserError
 
 Finding = tuple[str, str, str]
 Check = Callable[[Mapping[str, Any]], Iterator[Finding]]
@@ -50,22 +50,6 @@ def _model(sections: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _asked("model.id", lambda: resolve(sections["model"].id))
 
 
-def _sampling(sections: Mapping[str, Any]) -> Iterator[Finding]:
-    from diffusion_align.policy.catalogue import resolve
-    from diffusion_align.sampling.options import resolve_sampling
-
-    try:
-        model = resolve(sections["model"].id)
-    except UserError:
-        return  # reported by the rule above
-    if model.height is None:
-        return  # a folder or hub id tells its size only once it is loaded
-    try:
-        resolve_sampling(sections["sampling"], model)
-    except UserError as error:
-        yield error.where or "sampling", error.what, error.fix
-
-
 def _reward(sections: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _reward_named("reward", sections["reward"])
 
@@ -83,64 +67,12 @@ def _held_out_prompts(sections: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _prompt_list("evaluation.prompts", sections["evaluation"].prompts)
 
 
-def _at_least_one(*dotted: str) -> Rule:
-    """The counts that are divided by below are at least 1."""
-
-    def check(sections: Mapping[str, Any]) -> Iterator[Finding]:
-        for key in dotted:
-            value = _value(sections, key)
-            if value < 1:
-                yield key, f"{value} is not at least 1", ""
-
-    return Rule(dotted, check)
-
-
-def _batches(sections: Mapping[str, Any]) -> Iterator[Finding]:
-    options = sections[ALGORITHM].options
-    prompts, each, batch = (
-        options.prompts_per_iteration,
-        options.samples_per_prompt,
-        options.train_batch_size,
-    )
-    samples = prompts * each
-    if min(prompts, each, batch) < 1 or samples % batch == 0:
-        return
-    total = f"{prompts} prompts x {each} samples = {samples} samples"
-    what = f"{total} do not split into batches of {batch}"
-    yield (
-        f"{ALGORITHM}.train_batch_size",
-        what,
-        f"nearest that do: {nearest_divisors(samples, batch)}",
-    )
-
-
 def _accumulation(sections: Mapping[str, Any]) -> Iterator[Finding]:
-    options, group = sections[ALGORITHM].options, sections["train"].accumulation
-    samples = options.prompts_per_iteration * options.samples_per_prompt
-    batch, epochs = options.train_batch_size, options.inner_epochs
-    if min(samples, batch, epochs, group) < 1 or samples % batch:
-        return  # reported by the rules above
-    minibatches = samples // batch * epochs
-    if minibatches % group:
-        what = (
-            f"{samples} samples / {batch} x {epochs} inner epochs = {minibatches} minibatches "
-            f"do not split into groups of {group}"
-        )
-        yield "train.accumulation", what, f"nearest that do: {nearest_divisors(minibatches, group)}"
-
-
-def nearest_divisors(total: int, wanted: int) -> str:
-    """The divisors of `total` next below and above `wanted`: for 32 and 12 it is "8, 16"."""
-    divisors = [n for n in range(1, total + 1) if total % n == 0]
-    below = [n for n in divisors if n <= wanted][-1:]
-    above = [n for n in divisors if n > wanted][:1]
-    return ", ".join(map(str, below + above))
-
-
-def _value(sections: Mapping[str, Any], key: str) -> Any:
-    section, _, leaf = key.partition(".")
-    owner = sections[section].options if section == ALGORITHM else sections[section]
-    return getattr(owner, leaf)
+    options = sections[ALGORITHM].options
+    try:
+        sections["train"].check_accumulation(options.minibatches, options.arithmetic)
+    except OptionError as error:
+        yield "train.accumulation", error.what, error.fix
 
 
 def _asked(key: str, question: Callable[[], object]) -> Iterator[Finding]:
@@ -170,19 +102,16 @@ def _prompt_list(key: str, source: str | list[str]) -> Iterator[Finding]:
         yield from _asked(key, lambda: load_prompts(source))
 
 
-_COUNTS = tuple(
+_MINIBATCHES = tuple(
     f"{ALGORITHM}.{name}"
     for name in ("prompts_per_iteration", "samples_per_prompt", "train_batch_size", "inner_epochs")
 )
 
 RULES = (
     Rule(("model.id",), _model),
-    Rule(("model.id", "sampling.steps", "sampling.eta", "sampling.batch_size"), _sampling),
     Rule(("reward",), _reward),
     Rule(("evaluation.rewards",), _held_out_rewards),
     Rule(("prompts.source",), _prompts),
     Rule(("evaluation.prompts",), _held_out_prompts),
-    *(_at_least_one(key) for key in (*_COUNTS, "train.accumulation", "train.steps")),
-    Rule(_COUNTS[:3], _batches),
-    Rule((*_COUNTS, "train.accumulation"), _accumulation),
+    Rule((*_MINIBATCHES, "train.accumulation"), _accumulation),
 )

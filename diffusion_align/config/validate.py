@@ -19,7 +19,7 @@ from diffusion_align.config import edge
 from diffusion_align.config.problems import Place, Problem
 from diffusion_align.config.sections import AlgorithmChoice, RunConfig
 from diffusion_align.config.source import Node
-from diffusion_align.errors import UserError, did_you_mean
+from diffusion_align.errors import OptionError, did_you_mean
 
 ALGORITHM = "algorithm"
 
@@ -203,15 +203,18 @@ def _build(reading: Reading, name: str, node: Node, options: type | None, value:
         reading.sections[name] = value
         return
     given = {option.name: getattr(value, option.name) for option in fields(options)}
-    for _ in fields(options):
+    while True:
         try:
             made = options(**given)
-        except (ValueError, UserError) as error:
-            leaf = _refused(reading, name, node, options, error)
-            if leaf is None:
+        except OptionError as error:
+            _refused(reading, name, node, error)
+            # It stops at its first fault: put defaults in its place and ask again.
+            instead = {
+                leaf: edge.default_of(edge.option_field(options, leaf)) for leaf in error.reads
+            }
+            if MISSING in instead.values() or given == given | instead:
                 return
-            # The dataclass stops at its first fault: put the default in its place and ask again.
-            given[leaf] = edge.default_of(edge.option_field(options, leaf))
+            given |= instead
         else:
             reading.sections[name] = (
                 AlgorithmChoice(value.name, made) if name == ALGORITHM else made
@@ -219,23 +222,15 @@ def _build(reading: Reading, name: str, node: Node, options: type | None, value:
             return
 
 
-def _refused(
-    reading: Reading, name: str, node: Node, options: type, error: ValueError | UserError
-) -> str | None:
-    """Report a dataclass's own check; the field that can take its default instead, or None."""
-    said, hint = (error.what, error.fix) if isinstance(error, UserError) else (str(error), "")
-    leaf, _, rest = said.partition(" ")
-    if isinstance(error, UserError) and error.where:
-        leaf, rest = error.where.rpartition(".")[2], said
-    named = leaf in edge.declared_types(options)
-    key = f"{name}.{leaf}" if named else name
-    again = key in reading.bad
-    if not again:
-        reading.report(_below(node, leaf).place, key, rest if named else said, hint)
-    replaceable = (
-        named and not again and edge.default_of(edge.option_field(options, leaf)) is not MISSING
-    )
-    return leaf if replaceable else None
+def _refused(reading: Reading, name: str, node: Node, error: OptionError) -> None:
+    """Report a dataclass's own check, unless it stumbled over a key that is in doubt already."""
+    read = {f"{name}.{leaf}" for leaf in error.reads}
+    # A mistyped key leaves a default behind; what it does not fit together with is no problem.
+    doubtful = reading.bad | reading.meant if len(read) > 1 else reading.bad
+    if not read & doubtful:
+        place = _below(node, error.where).place
+        reading.report(place, f"{name}.{error.where}", error.what, error.fix)
+    reading.bad |= read
 
 
 def _below(node: Node, leaf: str) -> Node:

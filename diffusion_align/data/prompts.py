@@ -232,13 +232,15 @@ def _checked(prompts: Numbered, problems: Problems, *, where: str, unit: str) ->
         if any("\ud800" <= character <= "\udfff" for character in prompt.text + prompt.negative):
             problems.append((number, "contains half of a character (a lone surrogate)"))
     repeated = [
-        (numbers[0], f"{_short(text)!r} is repeated on {unit}s {', '.join(map(str, numbers[1:]))}")
+        (numbers[1], f"{_repeats(numbers, unit)}: {_short(text)!r}")
         for text, numbers in lines_of.items()
         if len(numbers) > 1
     ]
-    faults = sorted([*problems, *repeated])
+    faults = sorted(
+        [*((number, f"{unit} {number}: {fault}") for number, fault in problems), *repeated]
+    )
     if faults:
-        shown = [f"{unit} {number}: {fault}" for number, fault in faults[:SHOWN_PROBLEMS]]
+        shown = [fault for _, fault in faults[:SHOWN_PROBLEMS]]
         if len(faults) > SHOWN_PROBLEMS:
             shown.append(f"... and {len(faults) - SHOWN_PROBLEMS} more")
         kinds = ["malformed rows"] * bool(problems) + ["duplicate prompts"] * bool(repeated)
@@ -248,6 +250,14 @@ def _checked(prompts: Numbered, problems: Problems, *, where: str, unit: str) ->
             "there is no prompt in it", where=where, fix="write one prompt per line, or name a list"
         )
     return [prompt for _, prompt in prompts]
+
+
+def _repeats(numbers: Sequence[int], unit: str) -> str:
+    """`line 3 repeats line 1`, `lines 3, 7 repeat line 1`."""
+    first, *again = map(str, numbers)
+    if len(again) == 1:
+        return f"{unit} {again[0]} repeats {unit} {first}"
+    return f"{unit}s {', '.join(again)} repeat {unit} {first}"
 
 
 def _short(text: str, limit: int = 60) -> str:

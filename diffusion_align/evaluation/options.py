@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from diffusion_align.ranges import at_least, require
+
 
 @dataclass(frozen=True)
 class EvaluationOptions:
     """Settings of the pictures made during training and of the comparison after it.
 
     Base and tuned model get the same prompts and the same `eval` noise, so every reported
-    difference is a paired one. Errors: a value out of range raises `ValueError`.
+    difference is a paired one. Errors: a value out of range raises `OptionError`.
     """
 
     prompts: str | list[str] = field(
@@ -45,10 +47,5 @@ class EvaluationOptions:
     )
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "sample_prompts", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1 or null, not {self.limit}")
-        if not 0.0 <= self.eta <= 1.0:
-            raise ValueError(f"eta must lie between 0 and 1, not {self.eta}")
+        at_least(self, 1, "limit", "seeds", "sample_prompts", "batch_size")
+        require(self, "lie in [0, 1]", lambda eta: 0 <= eta <= 1, "eta")

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from diffusion_align.errors import OptionError
+from diffusion_align.ranges import at_least, positive, require, words
+
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +21,17 @@ class ModelOptions:
         dtype: storage of the frozen weights: "float32", "bfloat16", "float16" or "float64".
             Trainable weights are float32 (float64 under "float64") whatever is said here.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" ...
+
+    Errors: an unknown dtype raises `OptionError`.
     """
 
     id: str = "tiny-sd"
     revision: str | None = None
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        words(self)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class LoRAOptions:
         targets: names of the layers to adapt; None means the family's own list.
         path: folder or file of a LoRA to start from. Its rank, alpha and targets are then the
             file's, and the reference of the run is a frozen snapshot of it.
+
+    Errors: a value out of range raises `OptionError`.
     """
 
     rank: int = 8
@@ -42,3 +55,10 @@ class LoRAOptions:
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
     path: str | None = None
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "rank")
+        positive(self, "alpha")
+        require(self, "lie in [0, 1)", lambda share: 0 <= share < 1, "dropout")
+        if self.targets is not None and not self.targets:
+            raise OptionError("targets", "names no layer", fix="null means the family's own list")

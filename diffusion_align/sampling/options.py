@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from diffusion_align.errors import UserError
+from diffusion_align.ranges import at_least, require, words
 
 if TYPE_CHECKING:
     from diffusion_align.policy.catalogue import ModelInfo
@@ -26,6 +27,8 @@ class SamplingOptions:
         batch_size: items per denoiser call; it changes speed and memory, not the pictures.
         flow_kind: reverse process of flow models: "ode", "sde", "dance" or "cps".
         noise_level: strength of the noise that flow_kind injects.
+
+    Errors: a value out of range raises `OptionError`.
     """
 
     steps: int | None = None
@@ -36,6 +39,12 @@ class SamplingOptions:
     batch_size: int = 32
     flow_kind: FlowKind = "sde"
     noise_level: float = 0.7
+
+    def __post_init__(self) -> None:
+        words(self)
+        at_least(self, 1, "steps", "height", "width", "batch_size")
+        at_least(self, 0, "guidance_scale", "noise_level")
+        require(self, "lie in [0, 1]", lambda eta: 0 <= eta <= 1, "eta")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +58,14 @@ class ResolvedSampling(SamplingOptions):
 
 
 def resolve_sampling(options: SamplingOptions, info: ModelInfo) -> ResolvedSampling:
-    """Fill every None of `options` with the model's own value and refuse impossible values.
+    """Fill every None of `options` with the model's own value.
 
     Args:
         options: what the user said.
         info: the loaded policy's `info`.
 
     Raises:
-        UserError: a value out of range, naming it.
+        UserError: a size that neither of them says.
     """
     height = info.height if options.height is None else options.height
     width = info.width if options.width is None else options.width
@@ -66,7 +75,7 @@ def resolve_sampling(options: SamplingOptions, info: ModelInfo) -> ResolvedSampl
             where="sampling.height, sampling.width",
             fix="give both, or resolve with the loaded policy's info",
         )
-    resolved = ResolvedSampling(
+    return ResolvedSampling(
         steps=info.steps if options.steps is None else options.steps,
         guidance_scale=(
             info.guidance_scale if options.guidance_scale is None else options.guidance_scale
@@ -78,22 +87,3 @@ def resolve_sampling(options: SamplingOptions, info: ModelInfo) -> ResolvedSampl
         flow_kind=options.flow_kind,
         noise_level=options.noise_level,
     )
-    _check(resolved)
-    return resolved
-
-
-def _check(sampling: ResolvedSampling) -> None:
-    for name in ("steps", "height", "width", "batch_size"):
-        value = getattr(sampling, name)
-        if value < 1:
-            raise UserError(f"{value} is not at least 1", where=f"sampling.{name}")
-    if not 0.0 <= sampling.eta <= 1.0:
-        raise UserError(
-            f"{sampling.eta} is not between 0 and 1",
-            where="sampling.eta",
-            fix="0 is deterministic DDIM; DDPO needs noise, usually 1",
-        )
-    if not sampling.noise_level >= 0.0:
-        raise UserError(f"{sampling.noise_level} is negative", where="sampling.noise_level")
-    if not sampling.guidance_scale >= 0.0:
-        raise UserError(f"{sampling.guidance_scale} is negative", where="sampling.guidance_scale")

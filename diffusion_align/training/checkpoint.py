@@ -94,7 +94,8 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
 def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest sound checkpoint, or None where none was ever made.
 
-    A damaged one is named to `say`, set aside (renamed, never deleted) and the next older taken.
+    A damaged one is named to `say`, set aside (renamed to `damaged-step_N`, to `damaged-step_N-2`
+    where that is taken, never deleted) and the next older taken.
 
     Raises:
         UserError: there are checkpoints and all of them are damaged.
@@ -111,9 +112,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         except DamagedCheckpoint as damage:
             faults.append(str(damage))
             say(f"{damage}; looking for an older checkpoint")
-            aside = folder / f"{_ASIDE}{path.name}"
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(path, aside)
+            os.rename(path, _free(folder / f"{_ASIDE}{path.name}"))
     if faults:
         raise UserError(
             "no checkpoint of this run is sound",
@@ -174,6 +173,14 @@ def _write(place: Path, checkpoint: Checkpoint) -> None:
 def _existing(folder: Path) -> list[int]:
     names = [path.name for path in folder.glob(f"{_PREFIX}*")] if folder.exists() else []
     return [int(name[len(_PREFIX) :]) for name in names if name[len(_PREFIX) :].isdecimal()]
+
+
+def _free(path: Path) -> Path:
+    """`path`, or where that is taken `path-2`, `path-3` ..."""
+    free, number = path, 2
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
 
 
 def _read_json(path: Path) -> dict[str, Any]:

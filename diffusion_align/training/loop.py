@@ -29,7 +29,7 @@ from diffusion_align.training.probe import Probe
 from diffusion_align.training.record import Recorder
 from diffusion_align.training.result import TrainResult
 from diffusion_align.training.run_folder import RunFolder, open_run_folder, write_environment
-from diffusion_align.training.setup import Machinery, check_options
+from diffusion_align.training.setup import Machinery
 
 
 def train(
@@ -60,7 +60,7 @@ def train(
     """
     options = options or TrainOptions()
     options = options if steps is None else replace(options, steps=steps)
-    check_options(options, algorithm)
+    options.check_accumulation(algorithm.minibatch_count(), algorithm.minibatch_arithmetic())
     name = type(algorithm).__name__.lower()
     folder = open_run_folder(output, name=name, resume=resume, new=new)
     reporter = reporter or Console()

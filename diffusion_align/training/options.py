@@ -5,10 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffusion_align.errors import OptionError
+from diffusion_align.ranges import at_least, nearest_divisors, positive, require, words
+
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What steers the loop, whatever the algorithm. A *step* is one optimiser update."""
+    """What steers the loop, whatever the algorithm. A *step* is one optimiser update.
+
+    Errors: a value out of range raises `OptionError`.
+    """
 
     steps: int = field(default=100, metadata={"doc": "optimiser updates in the whole run"})
     learning_rate: float = field(default=3e-4, metadata={"doc": "AdamW learning rate, constant"})
@@ -20,7 +26,10 @@ class TrainOptions:
         default=1.0, metadata={"doc": "the gradient's norm is clipped to this; 0 = never"}
     )
     accumulation: int = field(
-        default=1, metadata={"doc": "minibatches per optimiser update; costs no memory"}
+        default=1,
+        metadata={
+            "doc": "minibatches per optimiser update, a divisor of an iteration's; costs no memory"
+        },
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"doc": "autocast of the network; losses stay in float32"}
@@ -39,3 +48,27 @@ class TrainOptions:
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(
         default=(), metadata={"doc": "trackers beside metrics.jsonl, which is always written"}
     )
+
+    def __post_init__(self) -> None:
+        words(self)
+        at_least(self, 1, "steps", "accumulation", "keep_checkpoints", "log_every")
+        at_least(self, 0, "checkpoint_every", "sample_every", "weight_decay", "max_grad_norm")
+        positive(self, "learning_rate", "adam_epsilon")
+        require(self, "lie in [0, 1)", lambda beta: 0 <= beta < 1, "adam_beta1", "adam_beta2")
+
+    def check_accumulation(self, minibatches: int, arithmetic: str) -> None:
+        """Refuse an iteration that does not split into whole updates.
+
+        Args:
+            minibatches: of one iteration.
+            arithmetic: how that number comes about, ending in `= 8 minibatches`.
+
+        Raises:
+            OptionError: with the arithmetic and the nearest numbers that divide.
+        """
+        if minibatches % self.accumulation:
+            raise OptionError(
+                "accumulation",
+                f"{arithmetic} do not split into updates of {self.accumulation}",
+                fix=f"nearest that do: {nearest_divisors(minibatches, self.accumulation)}",
+            )

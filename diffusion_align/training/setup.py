@@ -41,7 +41,9 @@ class Machinery:
         options = self._options
         on_cpu = torch.device(self._policy.device).type == "cpu"
         if on_cpu and options.mixed_precision == "fp16":
-            raise _error("mixed_precision", "fp16 needs a GPU", "use no, or bf16")
+            raise UserError(
+                "fp16 needs a GPU", where="train.mixed_precision", fix="use no, or bf16"
+            )
         self._owns_state = not AcceleratorState._shared_state
         self._accelerator = Accelerator(
             mixed_precision=options.mixed_precision, cpu=on_cpu, gradient_accumulation_steps=1
@@ -53,13 +55,7 @@ class Machinery:
             for number, parameter in enumerate(self.parameters)
         ]
         self._policy.denoiser = self._accelerator.prepare_model(bare)
-        adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            weight_decay=options.weight_decay,
-        )
+        adamw = torch.optim.AdamW(self.parameters, **_hyperparameters(options))
         self._optimizer: Any = self._accelerator.prepare_optimizer(adamw)
         self._optimizer.zero_grad()
         return self
@@ -134,6 +130,9 @@ class Machinery:
     def load(self, checkpoint: Checkpoint, algorithm: str) -> None:
         """Put a checkpoint's parameters, optimiser and scaler in place.
 
+        Of the optimiser only its moments are the checkpoint's: learning rate, betas, epsilon and
+        weight decay are those of the options, which may have been changed for the resumed run.
+
         Raises:
             UserError: the checkpoint is another algorithm's, or its parameters are not those of
                 this policy (another rank, other targets).
@@ -151,8 +150,20 @@ class Machinery:
         for name, parameter in mine.items():
             parameter.copy_(checkpoint.parameters[name])
         self._optimizer.load_state_dict(checkpoint.state["optimizer"])
+        for group in self._optimizer.param_groups:
+            group.update(_hyperparameters(self._options))
         if self._accelerator.scaler is not None and checkpoint.state["scaler"]:
             self._accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+
+def _hyperparameters(options: TrainOptions) -> dict[str, Any]:
+    """AdamW's own names for what the options say."""
+    return {
+        "lr": options.learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+        "weight_decay": options.weight_decay,
+    }
 
 
 def _differences(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[str]:
@@ -166,35 +177,3 @@ def _differences(mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> li
             problems.append(f"{name} is {list(theirs[name].shape)}, not {list(mine[name].shape)}")
             break
     return problems
-
-
-def check_options(options: TrainOptions, algorithm: Algorithm[Any, Any]) -> None:
-    """Refuse options that cannot be run.
-
-    Raises:
-        UserError: naming the option, with the arithmetic where numbers do not divide.
-    """
-    for name in ("steps", "accumulation", "keep_checkpoints", "log_every"):
-        if getattr(options, name) < 1:
-            raise _error(name, f"{getattr(options, name)} is not at least 1")
-    for name in ("checkpoint_every", "sample_every", "weight_decay", "max_grad_norm"):
-        if getattr(options, name) < 0:
-            raise _error(name, f"{getattr(options, name)} is negative")
-    if not options.learning_rate > 0:
-        raise _error("learning_rate", f"{options.learning_rate} is not positive")
-    count = algorithm.minibatch_count()
-    if count % options.accumulation:
-        near = [d for d in range(1, count + 1) if count % d == 0]
-        near = [d for d in near if d < options.accumulation][-1:] + [
-            d for d in near if d > options.accumulation
-        ][:1]
-        raise _error(
-            "accumulation",
-            f"the {count} minibatches of an iteration do not split into updates of "
-            f"{options.accumulation}",
-            f"nearest: {', '.join(map(str, near))}",
-        )
-
-
-def _error(name: str, what: str, fix: str = "") -> UserError:
-    return UserError(what, where=f"train.{name}", fix=fix)

@@ -113,7 +113,7 @@ BEFORE_TORCH: Mapping[str, Case] = {
     ),
     "worse prompts in a config": (
         "train c.yaml prompts.source=twice.txt evaluation.prompts=gone.txt",
-        ["'a cat' is repeated", "gone.txt: no such prompt file or list"],
+        ["line 3 repeats line 1: 'a cat'", "gone.txt: no such prompt file or list"],
     ),
     "empty prompts": ("sample model --prompts empty.txt --out o", ["there is no prompt in it"]),
     "prompts of another encoding": (
@@ -122,7 +122,7 @@ BEFORE_TORCH: Mapping[str, Case] = {
     ),
     "repeated prompts": (
         "sample model --prompts twice.txt --out o",
-        ["twice.txt: duplicate prompts", "line 1: 'a cat' is repeated on lines 3"],
+        ["twice.txt: duplicate prompts", "line 3 repeats line 1: 'a cat'"],
     ),
     "missing prompts": ("sample model --prompts gone.txt --out o", ["no such prompt file"]),
     "a batch that does not divide": (
@@ -134,7 +134,27 @@ BEFORE_TORCH: Mapping[str, Case] = {
     ),
     "an accumulation that does not divide": (
         "train c.yaml train.accumulation=3",
-        ["4 samples / 2 x 1 inner epochs = 2 minibatches do not split into groups of 3"],
+        ["4 samples / 2 x 1 inner epochs = 2 minibatches do not split into updates of 3"],
+    ),
+    "values out of range, all at once": (
+        "train c.yaml model.dtype=flaot32 lora.rank=0 lora.dropout=1.0 sampling.steps=0 "
+        "sampling.eta=1.5 sampling.guidance_scale=-1 algorithm.clip_range=1e-7 "
+        "algorithm.kl_weight=-1 train.learning_rate=-1e-4 train.accumulation=0 evaluation.eta=2",
+        [
+            "model.dtype  'flaot32' is not float32, bfloat16, float16 or float64",
+            "did you mean  float32 ?",
+            "lora.rank  must be at least 1, not 0",
+            "lora.dropout  must lie in [0, 1), not 1.0",
+            "sampling.steps  must be at least 1, not 0",
+            "sampling.eta  must lie in [0, 1], not 1.5",
+            "sampling.guidance_scale  must be at least 0, not -1.0",
+            "algorithm.clip_range  1e-07 (mean) is under ten float32 steps from 1",
+            "algorithm.kl_weight  must be at least 0, not -1.0",
+            "train.learning_rate  must be above 0, not -0.0001",
+            "train.accumulation  must be at least 1, not 0",
+            "evaluation.eta  must lie in [0, 1], not 2.0",
+            "11 problems found",
+        ],
     ),
     "an existing run": (
         "train c.yaml output=run",

@@ -237,6 +237,29 @@ def test_the_demo_trains_compares_and_ends_with_its_report(
         *("algorithm.train_batch_size=4", "evaluation.sample_prompts=1"),
     )
     assert done.exit_code == 0, (done.stderr, done.exception)
+    final = tmp_path / "demo" / "final"
     report = Path(done.stdout.split("report: ")[1].strip())
-    assert report.is_file()
+    assert report == final / "report.html"
     assert "compressibility" in report.read_text(encoding="utf-8")
+    assert json.loads((final / "summary.json").read_text())["trained_on"] == ["compressibility"]
+    # The report lies beside the model it is about, and what reads the one is not led astray by it.
+    for number, tuned in enumerate((tmp_path / "demo", final)):
+        sampled = call(
+            *("sample", model, "--lora", tuned, "--prompts", "small-world:heldout:1"),
+            *("--steps", 2, "--out", tmp_path / f"pictures-{number}"),
+        )
+        assert sampled.exit_code == 0, (sampled.stderr, sampled.exception)
+    compared = call(
+        *("compare", model, "--tuned", tmp_path / "demo", "--prompts", "small-world:heldout:1"),
+        *("--seeds", 1, "--steps", 2, "--reward", "compressibility", "--out", tmp_path / "c"),
+    )
+    assert compared.exit_code == 0, (compared.stderr, compared.exception)
+    assert json.loads((tmp_path / "c" / "summary.json").read_text())["trained_on"] == [
+        "compressibility"
+    ]
+    # Going on leaves no report of the model as it was before.
+    words = ("train", tmp_path / "demo" / "config.yaml", "--resume", "train.steps=2")
+    longer = call(*words)
+    assert longer.exit_code == 0, (longer.stderr, longer.exception)
+    assert (final / "pytorch_lora_weights.safetensors").is_file()
+    assert not report.exists()

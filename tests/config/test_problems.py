@@ -116,7 +116,7 @@ def test_minibatches_that_do_not_split_into_updates_show_the_arithmetic() -> Non
         load_config("demo", overrides)
     text = str(caught.value)
     assert "train.accumulation" in text
-    assert "= 8 minibatches do not split into groups of 3" in text
+    assert "= 8 minibatches do not split into updates of 3" in text
     assert "2, 4" in text
 
 
@@ -129,6 +129,67 @@ def test_a_typo_drags_no_phantom_arithmetic_behind_it(typo: str) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("demo", overrides)
     assert "do not split" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "typo",
+    [
+        "algorithm.prompts_per_iteration=three",
+        "algorithm.samples_per_promt=3",
+        "algorithm.buffer_sise=8",
+        "algorithm.clip_unit=natts",
+    ],
+)
+def test_a_typo_drags_no_rule_over_several_keys_behind_it(typo: str) -> None:
+    overrides = [
+        "algorithm.train_batch_size=5",
+        "algorithm.buffer_min_count=64",
+        "algorithm.clip_range=1.5",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [typo, *overrides])
+    found = {problem.key for problem in caught.value.problems}
+    independent = {
+        "prompts": "algorithm.train_batch_size",
+        "samples": "algorithm.train_batch_size",
+        "buffer": "algorithm.buffer_min_count",
+        "clip": "algorithm.clip_range",
+    }
+    spoilt = next(key for word, key in independent.items() if f".{word}" in typo)
+    assert found == {typo.partition("=")[0], *independent.values()} - {spoilt}
+
+
+def test_values_out_of_range_are_told_with_their_lines_and_once(tmp_path: Path) -> None:
+    text = report(
+        tmp_path,
+        f"{SMALLEST}  train_batch_size: 5\n  kl_weight: -1\n  inner_epochs: 0\n"
+        "train:\n  learning_rate: -1e-4\n  accumulation: 3\n"
+        "lora:\n  rank: 0\n",
+    )
+    lines = text.replace(f"{tmp_path}/", "").splitlines()
+    heads = [line for line in lines if not line.startswith(" ")]
+    assert heads[:-1] == [
+        "mine.yaml:8  algorithm.train_batch_size  8 prompts x 4 samples = 32 samples do not split "
+        "into batches of 5",
+        "mine.yaml:9  algorithm.kl_weight  must be at least 0, not -1.0",
+        "mine.yaml:10  algorithm.inner_epochs  must be at least 1, not 0",
+        "mine.yaml:12  train.learning_rate  must be above 0, not -0.0001",
+        "mine.yaml:15  lora.rank  must be at least 1, not 0",
+    ]
+
+
+def test_python_and_a_config_get_the_same_sentence() -> None:
+    from diffusion_align.algorithms.options import DDPOOptions
+    from diffusion_align.errors import OptionError
+
+    with pytest.raises(OptionError) as written:
+        DDPOOptions(prompts_per_iteration=8, samples_per_prompt=4, train_batch_size=12)
+    keys = {"prompts_per_iteration": 8, "samples_per_prompt": 4, "train_batch_size": 12}
+    with pytest.raises(ConfigError) as caught:
+        load_config("demo", [f"algorithm.{key}={value}" for key, value in keys.items()])
+    (problem,) = caught.value.problems
+    assert problem.key == f"algorithm.{written.value.where}"
+    assert (problem.what, problem.hint) == (written.value.what, written.value.fix)
 
 
 @pytest.mark.parametrize("value", ["0", "-4"])
@@ -242,7 +303,7 @@ def test_prompt_files_are_checked_before_anything_is_loaded(tmp_path: Path) -> N
         load_config("demo", [f"prompts.source={prompts}", "evaluation.prompts=absent.txt"])
     text = str(caught.value)
     assert "prompts.source" in text
-    assert "'a cat' is repeated on lines 3" in text
+    assert "line 3 repeats line 1: 'a cat'" in text
     assert "evaluation.prompts  absent.txt: no such prompt file or list" in text
 
 

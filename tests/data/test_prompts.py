@@ -138,9 +138,9 @@ def test_utf16_files_are_recognised(file: Write) -> None:
 def test_duplicates_are_refused_with_all_their_lines(file: Write) -> None:
     message = refused(file("cat\ndog\n cat\n\nbird\ndog\ncat\n"))
     assert "duplicate prompts (2)" in message
-    assert "line 1: 'cat' is repeated on lines 3, 7" in message
-    assert "line 2: 'dog' is repeated on lines 6" in message
-    assert "item 1: 'a' is repeated on items 2" in refused(["a", "a "])
+    assert "lines 3, 7 repeat line 1: 'cat'" in message
+    assert "line 6 repeats line 2: 'dog'" in message
+    assert "item 2 repeats item 1: 'a'" in refused(["a", "a "])
 
 
 def test_all_malformed_rows_are_named_at_once(file: Write) -> None:
@@ -166,7 +166,7 @@ def test_all_malformed_rows_are_named_at_once(file: Write) -> None:
         "line 5: 'prompt' must be text, found a number",
         "line 6: 'prompt' is empty",
         "line 7: 'negative_prompt' must be text, found a list",
-        "line 1: 'fine' is repeated on lines 8",
+        "line 8 repeats line 1: 'fine'",
         "line 9: contains half of a character",
         "line 10: not",
         "line 11: not",

@@ -20,10 +20,10 @@ def test_every_field_is_documented_and_has_a_default() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seeds": 0}, "seeds must be at least 1"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"limit": 0}, "limit must be at least 1"),
-        ({"eta": 1.5}, "eta must lie between 0 and 1"),
+        ({"seeds": 0}, "seeds: must be at least 1"),
+        ({"batch_size": 0}, "batch_size: must be at least 1"),
+        ({"limit": 0}, "limit: must be at least 1"),
+        ({"eta": 1.5}, "eta: must lie in .0, 1., not 1.5"),
     ],
 )
 def test_values_out_of_range_are_refused(change: dict[str, float], message: str) -> None:

@@ -70,6 +70,9 @@ class Regression:
     def minibatch_count(self) -> int:
         return 4
 
+    def minibatch_arithmetic(self) -> str:
+        return "16 points / 4 = 4 minibatches"
+
     def collect(self, iteration: int) -> Points:
         self.listener.progress("sampling", 0, 1)
         self.event("collect")

@@ -106,6 +106,20 @@ def test_a_damaged_newest_is_named_set_aside_and_skipped(tmp_path: Path) -> None
     assert names(tmp_path) == ["damaged-step_000004", "step_000002", "step_000004"]
 
 
+def test_what_was_set_aside_is_never_deleted(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make(2), keep=3)
+    for number in range(3):
+        path = save_checkpoint(tmp_path, make(4), keep=3)
+        (path / "meta.json").write_text(f"damage {number}", encoding="utf-8")
+        found, _ = newest(tmp_path)
+        assert found is not None and found.step == 2
+    aside = ["damaged-step_000004", "damaged-step_000004-2", "damaged-step_000004-3"]
+    assert names(tmp_path) == [*aside, "step_000002"]
+    for number, name in enumerate(aside):
+        text = (tmp_path / name / "meta.json").read_text(encoding="utf-8")
+        assert text == f"damage {number}"
+
+
 @pytest.mark.parametrize("name", ["state.pt", "parameters.safetensors", "meta.json"])
 def test_missing_and_truncated_files_are_named(tmp_path: Path, name: str) -> None:
     path = save_checkpoint(tmp_path, make(2), keep=2)

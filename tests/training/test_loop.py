@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -210,6 +210,31 @@ def test_a_run_that_stops_inside_an_iteration_resumes_exactly(
     assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step_000002"]
     run(cut, tmp_path / "cut", resume=True)
     assert same(straight, cut)
+
+
+def test_what_is_changed_for_a_resumed_run_is_what_it_runs_with(
+    regression: ModuleType, tmp_path: Path
+) -> None:
+    """The optimiser's moments are the checkpoint's, its settings are those given now."""
+    before, after = regression.Regression(), regression.Regression()
+    run(before, tmp_path / "run", steps=4)
+    changed = replace(
+        OPTIONS,
+        learning_rate=1e-12,
+        adam_beta1=0.5,
+        adam_beta2=0.75,
+        adam_epsilon=1e-3,
+        weight_decay=0.25,
+    )
+    result = run(after, tmp_path / "run", options=changed, resume=True)
+    assert [row["train/learning_rate"] for row in result.rows()] == [1e-2] * 4 + [1e-12] * 4
+    for old, new in zip(weights(before), weights(after), strict=True):
+        torch.testing.assert_close(old, new, rtol=0, atol=1e-9)  # too slow to move
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "step_000008").state["optimizer"]
+    (group,) = state["param_groups"]
+    assert (group["lr"], group["betas"], group["eps"]) == (1e-12, (0.5, 0.75), 1e-3)
+    assert group["weight_decay"] == 0.25
+    assert {float(moments["step"]) for moments in state["state"].values()} == {8.0}
 
 
 def test_a_checkpoint_of_something_else_is_refused(
@@ -464,22 +489,24 @@ def test_a_frozen_policy_is_refused(regression: ModuleType, tmp_path: Path) -> N
         run(algorithm, tmp_path / "run")
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"accumulation": 3}, "4 minibatches of an iteration do not split into updates of 3"),
-        ({"accumulation": 3}, "nearest: 2, 4"),
-        ({"steps": 0}, "train.steps"),
-        ({"learning_rate": -1.0}, "train.learning_rate"),
-    ],
-)
-def test_options_that_cannot_run_are_refused(
-    regression: ModuleType, tmp_path: Path, changes: dict[str, Any], words: str
+def test_an_accumulation_that_does_not_divide_is_refused_before_anything_is_made(
+    regression: ModuleType, tmp_path: Path
 ) -> None:
-    options = TrainOptions(**{**vars(OPTIONS), **changes})
     with pytest.raises(UserError) as caught:
-        run(regression.Regression(), tmp_path / "run", options=options)
-    assert words in str(caught.value)
+        run(regression.Regression(), tmp_path / "run", options=replace(OPTIONS, accumulation=3))
+    assert str(caught.value) == (
+        "accumulation: 16 points / 4 = 4 minibatches do not split into updates of 3\n"
+        "    nearest that do: 2, 4"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("steps", [0, -3])
+def test_the_number_of_steps_is_checked_where_it_is_given(
+    regression: ModuleType, tmp_path: Path, steps: int
+) -> None:
+    with pytest.raises(ValueError, match="steps: must be at least 1"):
+        run(regression.Regression(), tmp_path / "run", steps=steps)
     assert not (tmp_path / "run").exists()
 
 

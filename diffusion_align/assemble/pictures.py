@@ -1,0 +1,196 @@
+"""Models and pictures on disk: sample from a model, compare two, score picture files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffusion_align.assemble.loading import load_rewards, load_tuned
+from diffusion_align.assemble.run import training_prompts
+from diffusion_align.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusion_align.config import RunConfig
+    from diffusion_align.data.prompts import Prompt
+    from diffusion_align.evaluation.comparison import Comparison
+    from diffusion_align.policy import Policy
+    from diffusion_align.policy.tuned import Tuned
+    from diffusion_align.sampling.options import SamplingOptions
+    from reward_models.scoring import ScoredFile
+
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and what there is in all."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How `sample` and `compare` make pictures; None is the model's own value."""
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    seeds: int = 1
+    seed: int = 0
+    device: str = "auto"
+    batch_size: int = 16
+
+    def sampling(self) -> SamplingOptions:
+        """Deterministic sampling with these settings."""
+        from diffusion_align.sampling.options import SamplingOptions
+
+        return SamplingOptions(
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            eta=0.0,
+            batch_size=self.batch_size,
+            flow_kind="ode",
+        )
+
+
+def sample_pictures(
+    model: str,
+    tuned: Tuned | None,
+    prompts: Sequence[Prompt],
+    out: Path,
+    drawing: Drawing,
+    progress: Progress | None = None,
+) -> list[Path]:
+    """Pictures of `prompts` as PNGs in `out`, and `prompts.jsonl`, which `score` reads."""
+    import json
+
+    from diffusion_align.data.images import write_png
+    from diffusion_align.evaluation.generate import generate
+    from diffusion_align.policy import Policy
+
+    device = drawing.device
+    policy = load_tuned(model, tuned, device) if tuned else Policy.load(model, device=device)
+    _tell(policy)
+    files: list[Path] = []
+    rows: list[str] = []
+    stride = max(1, drawing.batch_size // drawing.seeds)
+    for first in range(0, len(prompts), stride):
+        part = prompts[first : first + stride]
+        pictures = generate(
+            policy,
+            part,
+            drawing.seeds,
+            drawing.sampling(),
+            run_seed=drawing.seed,
+            first_position=first,
+        )
+        for index, prompt in enumerate(part):
+            for seed in range(drawing.seeds):
+                name = f"p{first + index:04d}_s{seed:02d}.png"
+                files.append(write_png(out / name, pictures.pixels[index, seed].numpy()))
+                rows.append(json.dumps({"path": name, "prompt": prompt.text}, ensure_ascii=False))
+        if progress is not None:
+            progress(first + len(part), len(prompts))
+    (out / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return files
+
+
+def compare_pictures(
+    model: str,
+    tuned: Tuned,
+    prompts: Sequence[Prompt],
+    rewards: Sequence[str],
+    out: Path,
+    drawing: Drawing,
+    *,
+    trained_on: Sequence[str] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare what was tuned with its base model.
+
+    A LoRA is its own base when switched off; of a whole model both are loaded, the base first.
+
+    Args:
+        trained_on: rewards of the training; None reads them from the run that `tuned` belongs to.
+    """
+    from diffusion_align.evaluation.compare import compare
+    from diffusion_align.policy import Policy
+
+    run = run_of(tuned, needed=trained_on is None)
+    if trained_on is None:
+        trained_on = [run.reward] if run else []
+    base = Policy.load(model, device=drawing.device) if tuned.whole else None
+    policy = load_tuned(model, tuned, drawing.device)
+    _tell(base or policy)
+    return compare(
+        policy,
+        prompts,
+        rewards=load_rewards(rewards, policy.device),
+        output=out,
+        trained_on=trained_on,
+        seeds=drawing.seeds,
+        sampling=drawing.sampling(),
+        run_seed=drawing.seed,
+        tuned_name=str(tuned.folder),
+        training_prompts=[prompt.text for prompt in training_prompts(run)] if run else [],
+        base=base,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def score_pictures(
+    paths: Sequence[Path],
+    rewards: Sequence[str],
+    out: Path,
+    *,
+    prompts: Path | None = None,
+    prompt: str = "",
+    device: str = "auto",
+    batch_size: int = 16,
+    progress: Progress | None = None,
+) -> list[ScoredFile]:
+    """Score images on disk; rows are written to `out` as they come."""
+    from diffusion_align.policy.devices import device_of
+    from reward_models import find_images, read_prompts, score_files
+
+    images = find_images(paths)
+    return score_files(
+        images,
+        load_rewards(rewards, device_of(device)),
+        prompts=read_prompts(prompts, images) if prompts else prompt,
+        out=out,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
+    """The config of the run that wrote `tuned`, where it still lies beside it.
+
+    Args:
+        needed: whether a config that cannot be read is an error; else it is as good as none.
+
+    Raises:
+        UserError: it cannot be read, for instance because its prompts have been moved.
+    """
+    from diffusion_align.config import load_config
+
+    for folder in (tuned.folder, tuned.folder.parent):
+        if not (folder / "config.yaml").is_file():
+            continue
+        try:
+            return load_config(folder / "config.yaml")
+        except UserError as error:
+            if needed:
+                raise UserError(
+                    "it tells what the model was trained on, but is not in order",
+                    where=str(folder / "config.yaml"),
+                    fix=f"{error}\nor name the rewards of the training with --trained-on",
+                ) from error
+    return None
+
+
+def _tell(policy: Policy) -> None:
+    """Say on stderr that the model's scheduler was replaced, where it was."""
+    from diffusion_align.reporting.console import Console
+
+    if policy.replaced_scheduler:
+        Console().message(policy.replaced_scheduler)
