@@ -7,6 +7,7 @@ neither torch nor pydantic: each command brings in what it needs when it runs.
 from __future__ import annotations
 
 import sys
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -85,8 +86,25 @@ app.command(rich_help_panel=_LOOK)(listing.algorithms)
 app.command(rich_help_panel=_LOOK)(listing.config)
 
 
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """What we say ourselves, plain `UserWarning`s, is one line without a place in the source."""
+    if category is UserWarning:
+        return f"{message}\n"
+    return _FORMAT_WARNING(message, category, filename, lineno, line)
+
+
+_FORMAT_WARNING = warnings.formatwarning
+
+
 def main() -> None:
     """Entry point of the console script. `--debug` is understood anywhere on the line."""
+    warnings.formatwarning = _format_warning
     arguments = sys.argv[1:]
     if _DEBUG in arguments:
         arguments = [_DEBUG, *(word for word in arguments if word != _DEBUG)]

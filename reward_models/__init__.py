@@ -27,14 +27,15 @@ if TYPE_CHECKING:
     from reward_models.catalogue import load, names
     from reward_models.media import read_image
     from reward_models.plugin import FunctionReward
-    from reward_models.scoring import ScoredFile, find_images, read_prompts, score_files
+    from reward_models.rows import ScoredFile
+    from reward_models.scoring import find_images, read_prompts, score_files
 
 _HOMES = {
     "FunctionReward": "plugin",
     "Reward": "base",
     "RewardError": "base",
     "RewardInfo": "base",
-    "ScoredFile": "scoring",
+    "ScoredFile": "rows",
     "Scores": "base",
     "check_scores": "base",
     "find_images": "scoring",

@@ -81,9 +81,21 @@ class AestheticHead(nn.Module):
 
 
 class AestheticReward:
-    """A head over a CLIP tower; differentiable from the pixels on."""
+    """A head over a CLIP tower; differentiable from the pixels on.
 
-    def __init__(self, info: RewardInfo, tower: ClipTower, head: AestheticHead) -> None:
+    Args:
+        round_to_uint8: parity with the published pipeline, bit by bit: the resized picture is
+            rounded to uint8 levels as Pillow does (the gradient passes straight through).
+    """
+
+    def __init__(
+        self,
+        info: RewardInfo,
+        tower: ClipTower,
+        head: AestheticHead,
+        *,
+        round_to_uint8: bool = False,
+    ) -> None:
         if head.width != tower.width:
             raise RewardError(
                 f"its head takes embeddings of {head.width}, the tower gives {tower.width}",
@@ -91,6 +103,7 @@ class AestheticReward:
             )
         self.info = info
         self.tower = tower
+        self.round_to_uint8 = round_to_uint8
         self.head = head.eval().requires_grad_(False)
 
     def score(
@@ -105,14 +118,19 @@ class AestheticReward:
         check_images(media, prompts, self.info)
         keep = finite_items(media)
         # An empty batch is not worth a forward pass, and some kernels refuse one.
-        values = (
-            self.score_embeddings(self.embed(media[keep])) if keep.any() else media.new_empty(0)
-        )
+        if not keep.any():
+            return Scores(spread(media.new_empty(0), keep))
+        images = media if keep.all() else media[keep]
+        values = self.score_embeddings(self.embed(images))
         return Scores(spread(values.to(media.device), keep))
 
     def embed(self, images: Tensor) -> Tensor:
         """CLIP embeddings [B, D] of images [B, 3, H, W] in [0, 1], not normalised."""
-        pixels = clip_pixels(images.to(self.tower.device), self.tower.image_size)
+        pixels = clip_pixels(
+            images.to(self.tower.device),
+            self.tower.image_size,
+            round_to_uint8=self.round_to_uint8,
+        )
         return self.tower.image_features(pixels)
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:

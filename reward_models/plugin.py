@@ -9,7 +9,9 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -24,7 +26,9 @@ from reward_models.base import (
     Scores,
     check_images,
     check_scores,
+    finite_items,
     require_gradient,
+    spread,
 )
 from reward_models.catalogue import LoadOptions
 
@@ -35,7 +39,8 @@ class FunctionReward:
     """A plain function `fn(images, prompts) -> [B]` as a reward.
 
     The function gets float32 [B, 3, H, W] in [0, 1] and B prompts, and returns B numbers: a
-    tensor, an array or a list; NaN for an image that it could not score.
+    tensor, an array or a list; NaN for an image that it could not score. Images with a NaN in them
+    never reach it, so its B may be smaller than the caller's.
 
     Args:
         function: the user's function.
@@ -74,12 +79,22 @@ class FunctionReward:
     ) -> Scores:
         """Call the function and check what it returns."""
         check_images(media, prompts, self.info)
-        values = self.function(media, prompts)
+        keep = finite_items(media)
+        if keep.all():
+            return Scores(self._call(media, prompts))
+        texts = [prompt for prompt, whole in zip(prompts, keep.tolist(), strict=True) if whole]
+        values = self._call(media[keep], texts) if texts else media.new_empty(0)
+        return Scores(spread(values, keep.to(values.device)))
+
+    def _call(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """float32 [B] of the function, checked."""
+        with _blaming(self.info.name):
+            values = self.function(images, prompts)
         if not isinstance(values, torch.Tensor):
-            values = self._as_tensor(values).to(media.device)
+            values = self._as_tensor(values).to(images.device)
         elif not values.is_floating_point() and not values.is_complex():
             values = values.float()
-        return check_scores(Scores(values), len(media), self.info.name)
+        return check_scores(Scores(values), len(images), self.info.name).values
 
     def _as_tensor(self, values: Any) -> Tensor:
         try:
@@ -93,11 +108,18 @@ class FunctionReward:
 
 
 class CheckedReward:
-    """A user's reward class whose every answer is checked."""
+    """A user's reward class whose every answer is checked.
+
+    Its `score` may do without `fps` and `metadata`: it gets only what it names.
+
+    Raises:
+        RewardError: its `score` cannot be called with images and prompts.
+    """
 
     def __init__(self, inner: Reward) -> None:
         self.inner = inner
         self.info = inner.info
+        self._taken = _score_options(inner)
 
     def score(
         self,
@@ -108,7 +130,10 @@ class CheckedReward:
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
         """Score with the user's class."""
-        scores = self.inner.score(media, prompts, fps=fps, metadata=metadata)
+        offered: dict[str, Any] = {"fps": fps, "metadata": metadata}
+        taken = {key: offered[key] for key in self._taken}
+        with _blaming(self.info.name):
+            scores = self.inner.score(media, prompts, **taken)
         return check_scores(scores, len(media), self.info.name)
 
 
@@ -161,16 +186,71 @@ def _import(spec: str, notice: Callable[[str], None]) -> Any:
     notice(f"running your own code: module {module_name} ({attribute} is used as a reward)")
     try:
         module = import_module(module_name)
-    except ImportError as error:
-        raise RewardError(
-            f"cannot be imported: {error}",
-            where=where,
-            fix="run from the folder that holds the module, or install its package",
-        ) from error
+    except (Exception, SystemExit) as error:  # it is their code: anything may be raised
+        raise _import_error(error, module_name, where) from error
     found = getattr(module, attribute, None)
     if found is None:
         raise RewardError(f"module {module_name} has no {attribute}", where=where)
     return found
+
+
+def _import_error(error: BaseException, module_name: str, where: str) -> RewardError:
+    """What the import of a user's module raised, as one message with its file and line."""
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing is not None and f"{module_name}.".startswith(f"{missing}."):
+        return RewardError(
+            f"cannot be imported: {error}",
+            where=where,
+            fix="run from the folder that holds the module, or install its package",
+        )
+    if isinstance(error, SyntaxError):
+        place, text = f"{error.filename}:{error.lineno}", error.msg
+    else:
+        frames = traceback.extract_tb(error.__traceback__)
+        # The first are this file and Python's import machinery, the next is the module's own line.
+        own = [f for f in frames[1:] if "importlib" not in f.filename]
+        place, text = f"{own[0].filename}:{own[0].lineno}" if own else module_name, str(error)
+    return RewardError(
+        f"module {module_name} cannot be imported: {type(error).__name__}: {text}",
+        where=where,
+        fix=f"the error is at {place}",
+    )
+
+
+def _score_options(reward: Reward) -> list[str]:
+    """Which of `fps` and `metadata` a reward's `score` takes.
+
+    Raises:
+        RewardError: with the signature, where even so the call could not work.
+    """
+    try:
+        signature = inspect.signature(reward.score)
+    except (TypeError, ValueError):  # compiled code may have none
+        return ["fps", "metadata"]
+    parameters = signature.parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    anything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    taken = [key for key in ("fps", "metadata") if anything or key in named]
+    try:
+        signature.bind(None, None, **dict.fromkeys(taken))
+    except TypeError as error:
+        raise RewardError(
+            f"its signature is score{signature}: {error}",
+            where=f"reward {reward.info.name}",
+            fix="make it score(self, media, prompts, *, fps=None, metadata=None)",
+        ) from error
+    return taken
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """A bug in the user's own code stays as it is; the traceback says which reward it was in."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # Python 3.11
+            error.add_note(f"raised by the code of reward {name}")
+        raise
 
 
 def _build(cls: type, spec: str, options: LoadOptions) -> Reward:

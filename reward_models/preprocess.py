@@ -96,11 +96,6 @@ def clip_pixels(images: Tensor, size: int, *, round_to_uint8: bool = False) -> T
     return normalise(shortest_edge_crop(images, size, round_to_uint8=round_to_uint8))
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """The nearest uint8 picture of [0, 1] images, values outside clamped; NaN is not allowed."""
-    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 def _one_pass(images: Tensor, shape: tuple[int, int], round_to_uint8: bool) -> Tensor:
     resized = F.interpolate(
         images, size=shape, mode="bicubic", align_corners=False, antialias=True

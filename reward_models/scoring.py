@@ -6,51 +6,34 @@
 A row is `{"path", "prompt", "scores": {name: number|null}, "error": null|text}`. A damaged image
 becomes a row with null scores and the reason; the others keep theirs. When `out` exists already
 its rows are kept and only the missing files are scored, so an interrupted run goes on where it
-was; the result is the same, bit for bit, because batches are cut at the same places.
+was; the result is the same, bit for bit, because batches are cut at the same places. A row with an
+error is tried again: where the file was repaired meanwhile, the new row takes the old one's place.
+A file that is not such a result is refused and left as it is.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from reward_models.base import Reward, RewardError, check_scores
 from reward_models.media import IMAGE_SUFFIXES, read_image
+from reward_models.rows import (
+    RowKey,
+    ScoredFile,
+    append_rows,
+    json_lines,
+    read_bytes,
+    read_rows,
+    replace_rows,
+)
 
 FilePath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True)
-class ScoredFile:
-    """One file's scores by reward name; None where there is no score, and then `error` says why."""
-
-    path: str
-    prompt: str
-    scores: Mapping[str, float | None]
-    error: str | None = None
-
-    def as_json(self) -> str:
-        """The row as one line of JSON."""
-        row = {
-            "path": self.path,
-            "prompt": self.prompt,
-            "scores": dict(self.scores),
-            "error": self.error,
-        }
-        text = json.dumps(row, ensure_ascii=False)
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:  # a file name that is not UTF-8
-            text = json.dumps(row)
-        return text
 
 
 def find_images(paths: Iterable[FilePath]) -> list[Path]:
@@ -90,7 +73,7 @@ def read_prompts(path: FilePath, images: Sequence[Path]) -> dict[Path, str]:
     source = Path(path)
     wanted = {image.resolve(): image for image in images}
     prompts: dict[Path, str] = {}
-    for number, entry in _json_lines(_read_bytes(source), source):
+    for number, entry in json_lines(read_bytes(source), source):
         if not isinstance(entry.get("path"), str) or not isinstance(entry.get("prompt"), str):
             raise RewardError(
                 'a line needs the texts "path" and "prompt"', where=f"{source}:{number}"
@@ -126,8 +109,8 @@ def score_files(
         progress: called with (files done, files in all) after every batch.
 
     Raises:
-        RewardError: a missing prompt, an `out` that belongs to other rewards, a failing reward.
-            Rows written so far stay in `out`.
+        RewardError: a missing prompt, an `out` that belongs to other rewards or is no such result
+            (it is left as it is), a failing reward. Rows written so far stay in `out`.
     """
     if batch_size < 1:
         raise RewardError(f"batch size {batch_size} is below 1")
@@ -135,23 +118,46 @@ def score_files(
     texts = {f: prompts if isinstance(prompts, str) else prompts.get(f, "") for f in files}
     _require_prompts(texts, rewards)
     target = None if out is None else Path(out)
-    done = {} if target is None else _read_rows(target, set(rewards))
+    done = {} if target is None else read_rows(target, set(rewards))
     rows: list[ScoredFile] = []
-    for start in range(0, len(files), batch_size):
-        batch = files[start : start + batch_size]
-        kept = [done.get((str(file), texts[file])) for file in batch]
-        if not all(kept):
-            # Half a batch may be in the file already. The whole is scored again, so that batches,
-            # and with them the last bits of the scores, are those of an uninterrupted run.
-            fresh = _score_batch(batch, [texts[file] for file in batch], rewards)
-            missing = [new for old, new in zip(kept, fresh, strict=True) if old is None]
-            if target is not None:
-                _append(target, missing)
-            kept = [old or new for old, new in zip(kept, fresh, strict=True)]
-        rows += [row for row in kept if row is not None]
-        if progress is not None:
-            progress(len(rows), len(files))
+    repaired: dict[RowKey, ScoredFile] = {}
+    try:
+        for start in range(0, len(files), batch_size):
+            batch = files[start : start + batch_size]
+            old = [done.get((str(file), texts[file])) for file in batch]
+            if not all(map(_is_final, old)):
+                # Half a batch may be in the file already. The whole is scored again, so that
+                # batches, and with them the last bits, are those of an uninterrupted run.
+                fresh = _score_batch(batch, [texts[file] for file in batch], rewards)
+                if target is not None:
+                    append_rows(target, [new for row, new in zip(old, fresh) if row is None])
+                repaired |= {
+                    (row.path, row.prompt): new
+                    for row, new in zip(old, fresh)
+                    if row is not None and row.error and row != new
+                }
+                old = [new if row is None or row.error else row for row, new in zip(old, fresh)]
+            rows += [row for row in old if row is not None]
+            if progress is not None:
+                progress(len(rows), len(files))
+    finally:
+        # Once, not batch by batch: the file may be long. An interrupted run keeps them as well.
+        if target is not None and repaired:
+            replace_rows(target, repaired)
     return rows
+
+
+def _is_final(row: ScoredFile | None) -> bool:
+    """Whether a row of an earlier run still stands: its file may have been repaired since."""
+    if row is None:
+        return False
+    if not row.error:
+        return True
+    try:
+        read_image(row.path)
+    except RewardError:
+        return True
+    return False
 
 
 def _score_batch(
@@ -195,69 +201,3 @@ def _require_prompts(texts: Mapping[Path, str], rewards: Mapping[str, Reward]) -
             f"none for {', '.join(without[:3])}{more}",
             fix='give one prompt for all, or JSON lines {"path": ..., "prompt": ...}',
         )
-
-
-def _read_rows(path: Path, names: set[str]) -> dict[tuple[str, str], ScoredFile]:
-    """The rows that an earlier run left; what follows the last newline was cut off and goes."""
-    if not path.exists():
-        return {}
-    content = _read_bytes(path)
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as stream:
-            stream.truncate(len(whole))
-    rows: dict[tuple[str, str], ScoredFile] = {}
-    for number, entry in _json_lines(whole, path):
-        row = _as_row(entry, f"{path}:{number}")
-        found = set(row.scores)
-        if found != names:
-            raise RewardError(
-                f"holds scores of {', '.join(sorted(found)) or 'nothing'}, "
-                f"not of {', '.join(sorted(names))}",
-                where=f"{path}:{number}",
-                fix="name another file for the result, or remove this one",
-            )
-        rows[(row.path, row.prompt)] = row
-    return rows
-
-
-def _as_row(entry: Mapping[str, Any], where: str) -> ScoredFile:
-    path, prompt, scores = entry.get("path"), entry.get("prompt"), entry.get("scores")
-    if isinstance(path, str) and isinstance(prompt, str) and isinstance(scores, dict):
-        return ScoredFile(path, prompt, scores, entry.get("error"))
-    raise RewardError("is not a row of scores", where=where)
-
-
-def _append(path: Path, rows: Sequence[ScoredFile]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8", newline="\n") as stream:
-            stream.writelines(row.as_json() + "\n" for row in rows)
-    except OSError as error:
-        raise RewardError(f"cannot be written: {error.strerror}", where=str(path)) from error
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise RewardError(f"cannot be read: {error.strerror}", where=str(path)) from error
-
-
-def _json_lines(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, object) of every line that is not blank."""
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RewardError(f"is not UTF-8 (byte {error.start})", where=str(path)) from error
-    # Not splitlines(): it also cuts at characters that JSON allows inside a prompt.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise RewardError(f"is not JSON: {error}", where=f"{path}:{number}") from error
-        if not isinstance(entry, dict):
-            raise RewardError("is not a JSON object", where=f"{path}:{number}")
-        yield number, entry

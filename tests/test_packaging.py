@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -59,6 +61,30 @@ def test_every_package_is_declared() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     listed = set(declared["tool"]["setuptools"]["packages"])
     assert listed == set(packages()) | {"diffusion_align.configs"}
+
+
+def test_every_package_that_is_imported_is_a_dependency() -> None:
+    names = {"PIL": "pillow", "yaml": "pyyaml", "open_clip": "open_clip_torch"}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = [word for words in declared["optional-dependencies"].values() for word in words]
+    listed = {
+        re.split(r"[^\w.-]", words)[0].lower() for words in [*declared["dependencies"], *extras]
+    }
+    ours = {"diffusion_align", "reward_models", *sys.stdlib_module_names}
+    imported = {
+        name.partition(".")[0]
+        for top in ("diffusion_align", "reward_models")
+        for path in (ROOT / top).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom) and not node.level
+            else []
+        )
+    }
+    assert {names.get(name, name).lower() for name in imported - ours} <= listed
 
 
 def test_every_module_and_data_file_is_inside(names: set[str]) -> None:

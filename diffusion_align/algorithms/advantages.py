@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -89,6 +90,36 @@ def global_advantages(rewards: Tensor) -> Tensor:
     result = np.full(len(values), np.nan)
     result[valid] = _normalise(values[valid], values[valid])
     return _as_tensor(result)
+
+
+class Normaliser:
+    """Rewards to advantages as DDPO's options say, limited to plus and minus `limit`."""
+
+    def __init__(
+        self, kind: Literal["prompt", "group", "global"], limit: float, statistics: PromptStatistics
+    ) -> None:
+        self._kind, self._limit = kind, limit
+        self.statistics = statistics
+
+    def __call__(
+        self, rewards: Tensor, prompts: Sequence[str], groups: Sequence[Hashable]
+    ) -> Tensor:
+        """Float32 [B], NaN for NaN. Updates the statistics where they are used (`prompt`)."""
+        if self._kind == "prompt":
+            raw = self.statistics.update(prompts, rewards)
+        elif self._kind == "group":
+            raw = group_advantages(rewards, groups)
+        else:
+            raw = global_advantages(rewards)
+        return raw.clamp(-self._limit, self._limit)
+
+    def metrics(self, advantages: Tensor) -> dict[str, float]:
+        """Their spread, and the share that the limit reached; failed ones take no part."""
+        known = advantages[~advantages.isnan()]
+        return {
+            "advantage/std": float(known.std(correction=0)),
+            "advantage/clipped": float((known.abs() >= self._limit).float().mean()),
+        }
 
 
 def _numbers(rewards: Tensor, count: int) -> tuple[Floats, NDArray[np.bool_]]:

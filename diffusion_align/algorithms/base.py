@@ -129,6 +129,14 @@ class Algorithm(Protocol[AnyBatch, Minibatch]):
         """Lines printed before training: units, sizes, whatever a reader of the log must know."""
         ...
 
+    def record(self) -> dict[str, Any]:
+        """What a reader of the finished run must know, as JSON values.
+
+        `trained_on`, the names of its rewards, and `prompts`, their texts, are what a comparison
+        looks for; either may be empty.
+        """
+        ...
+
     def state_dict(self) -> dict[str, Any]:
         """What must survive a restart beyond the parameters, as a copy.
 

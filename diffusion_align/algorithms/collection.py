@@ -65,13 +65,13 @@ def collect_samples(
     scores: list[Scores] = []
     whole_groups = reward.info.scope == "group"
     for start in range(0, len(items), sampling.batch_size):
-        rows = range(start, min(start + sampling.batch_size, len(items)))
+        chunk = items[start : start + sampling.batch_size]
         listener.progress("sampling", start, len(items))
-        chunk = rollout(
+        trajectory = rollout(
             policy,
-            cond.take(list(rows)),
+            cond.take(range(start, start + len(chunk))),
             schedule,
-            plan.rollout_streams([items[row] for row in rows], iteration),
+            plan.rollout_streams(chunk, iteration),
             guidance_scale=sampling.guidance_scale,
             eta=sampling.eta,
             flow_kind=sampling.flow_kind,
@@ -79,23 +79,18 @@ def collect_samples(
             reduction=reduction,
             batch_size=sampling.batch_size,
         )
-        trajectories.append(chunk)
-        decoded = policy.decode(chunk.x_0)
+        trajectories.append(trajectory)
+        decoded = policy.decode(trajectory.x_0)
         listener.progress("scoring", start, len(items))
         if whole_groups:
             pixels.append(decoded)
         else:
-            scores.append(_score(reward, decoded, [items[row] for row in rows]))
+            scores.append(_score(reward, decoded, chunk))
             pixels.append(decoded[: max(0, PICTURES_KEPT - start)].cpu())
     if whole_groups:
         scores = _score_groups(reward, torch.cat(pixels), items, plan.samples_per_prompt)
     joined = _join_scores(scores)
-    if not bool(joined.values.isfinite().any()):
-        raise UserError(
-            f"gave no score to any of the {len(items)} samples of iteration {iteration}",
-            where=f"reward {reward.info.name}",
-            fix="see why it returns NaN: score a folder of pictures with it first",
-        )
+    _require_scores(joined, reward.info.name, iteration)
     kept = torch.cat([part.cpu() for part in pixels])[:PICTURES_KEPT].float()
     shown = [item.prompt.text for item in items[: len(kept)]]
     samples = Samples(kept, shown, joined.values[: len(kept)])
@@ -146,6 +141,15 @@ def _score(reward: Reward, pixels: Tensor, items: Sequence[Item]) -> Scores:
         checked.values.detach().cpu().float(),
         {name: part.detach().cpu().float() for name, part in checked.parts.items()},
     )
+
+
+def _require_scores(scores: Scores, name: str, iteration: int) -> None:
+    if not bool(scores.values.isfinite().any()):
+        raise UserError(
+            f"gave no score to any of the {len(scores.values)} samples of iteration {iteration}",
+            where=f"reward {name}",
+            fix="see why it returns NaN: score a folder of pictures with it first",
+        )
 
 
 def _score_groups(

@@ -18,20 +18,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_align.algorithms.advantages import (
-    PromptStatistics,
-    global_advantages,
-    group_advantages,
-)
+from diffusion_align.algorithms.advantages import Normaliser, PromptStatistics
 from diffusion_align.algorithms.base import Listener, Needs, Silence
 from diffusion_align.algorithms.batches import TrajectoryBatch, TrajectoryMinibatch, cut
-from diffusion_align.algorithms.checks import check_sampling
-from diffusion_align.algorithms.clipping import clip_bounds
+from diffusion_align.algorithms.checks import as_reward, check_sampling
 from diffusion_align.algorithms.collection import (
     Collection,
     collect_samples,
@@ -45,14 +41,17 @@ from diffusion_align.algorithms.plan import Plan
 from diffusion_align.algorithms.replay import (
     FloatProbe,
     ReplayReport,
+    Wish,
     judge,
     ratio_deviation,
     refuse_dropout,
 )
+from diffusion_align.algorithms.untouched import Untouched
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.policy import Policy
 from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
 from reward_models.base import Reward
+from reward_models.plugin import ScoreFunction
 
 
 class DDPO:
@@ -60,8 +59,9 @@ class DDPO:
 
     Args:
         policy: loaded with LoRA or for full fine-tuning.
-        reward: any `Reward`; higher is better.
-        prompts: what to sample pictures of, each once; strings or `Prompt`s.
+        reward: any `Reward`, or a function `fn(images, prompts) -> [B]`; higher is better.
+        prompts: what to sample pictures of, each once: a list of strings or `Prompt`s, a file, or
+            the name of a built-in list.
         options: see `DDPOOptions`.
         sampling: how to sample; None in it means the model's own value. It needs noise: eta > 0,
             or a flow kind other than ode.
@@ -74,15 +74,15 @@ class DDPO:
     def __init__(
         self,
         policy: Policy,
-        reward: Reward,
-        prompts: Sequence[str] | Sequence[Prompt],
+        reward: Reward | ScoreFunction,
+        prompts: str | Path | Sequence[str | Prompt],
         *,
         options: DDPOOptions | None = None,
         sampling: SamplingOptions | None = None,
         seed: int = 0,
     ) -> None:
         self.policy = policy
-        self.reward = reward
+        self.reward = as_reward(reward)
         self.options = o = options or DDPOOptions()
         self.sampling = resolve_sampling(sampling or SamplingOptions(), policy.info)
         self.needs = Needs(trajectory=True, reference=o.kl_weight > 0)
@@ -94,16 +94,15 @@ class DDPO:
             "mean" if o.clip_unit == "mean" else "sum",
         )
         self._steps = self._likelihood.stochastic_steps()
-        check_sampling(o, self.sampling, len(self._steps))
+        check_sampling(o, self.sampling, self._likelihood.schedule.family, len(self._steps))
         refuse_dropout(policy.denoiser)
         # The tiny term keeps 0.29 x 100 from flooring to 28.
         self._trained_steps = max(1, int(len(self._steps) * o.timestep_fraction + 1e-9))
-        self._bounds = clip_bounds(o.clip_range, o.clip_unit)
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
-        self._plan = Plan(
-            load_prompts(list(prompts)), o.prompts_per_iteration, o.samples_per_prompt, seed
-        )
-        self._statistics = PromptStatistics(o.buffer_size, o.buffer_min_count)
+        known = load_prompts(prompts if isinstance(prompts, str | Path) else list(prompts))
+        self._plan = Plan(known, o.prompts_per_iteration, o.samples_per_prompt, seed)
+        statistics = PromptStatistics(o.buffer_size, o.buffer_min_count)
+        self._normaliser = Normaliser(o.advantages, o.advantage_clip, statistics)
         self._calls = 0
         self._replays: bool | None = None  # None: the replay check has not run yet
 
@@ -119,7 +118,10 @@ class DDPO:
             f"{self.sampling.guidance_scale:g} in sampling and {self._guidance:g} in training",
         ]
 
-    # --- collecting ----------------------------------------------------------------------------
+    def record(self) -> dict[str, Any]:
+        """The reward's name and the prompts' texts, for the run folder."""
+        prompts = [prompt.text for prompt in self._plan.prompts]
+        return {"trained_on": [self.reward.info.name], "prompts": prompts}
 
     def collect(self, iteration: int) -> TrajectoryBatch:
         """Sample, score, normalise. Before the very first update the replay check runs as well.
@@ -166,33 +168,24 @@ class DDPO:
         return replace(batch, metrics=self._metrics(collected, batch))
 
     def _advantages(self, collected: Collection) -> Tensor:
-        rewards = collected.scores.values
-        if self.options.advantages == "prompt":
-            prompts = [item.prompt.text for item in collected.items]
-            raw = self._statistics.update(prompts, rewards)
-        elif self.options.advantages == "group":
-            raw = group_advantages(rewards, [item.position for item in collected.items])
-        else:
-            raw = global_advantages(rewards)
-        return raw.clamp(-self.options.advantage_clip, self.options.advantage_clip)
+        return self._normaliser(
+            collected.scores.values,
+            [item.prompt.text for item in collected.items],
+            [item.position for item in collected.items],
+        )
 
     def _metrics(self, collected: Collection, batch: TrajectoryBatch) -> dict[str, float]:
-        advantages = batch.advantages[~batch.advantages.isnan()]
-        trained = len(advantages) * self._trained_steps * self.options.inner_epochs
+        valid = int(collected.valid.sum())
+        trained = valid * self._trained_steps * self.options.inner_epochs
         sampled = len(self._plan) * self.sampling.steps * branches(self.sampling.guidance_scale)
         # A backward counts as two forwards (DESIGN section 3); the reference adds a forward.
         per_pair = 3 + (self.options.kl_weight > 0)
         self._calls += sampled + trained * per_pair * branches(self._guidance)
         return {
             **reward_metrics(collected),
-            "advantage/std": float(advantages.std(correction=0)),
-            "advantage/clipped": float(
-                (advantages.abs() >= self.options.advantage_clip).float().mean()
-            ),
+            **self._normaliser.metrics(batch.advantages),
             "cost/calls": float(self._calls),
         }
-
-    # --- the update ----------------------------------------------------------------------------
 
     def minibatch_count(self) -> int:
         """Minibatches of an iteration (fewer only where all rewards of one failed)."""
@@ -223,7 +216,7 @@ class DDPO:
             old_log_prob = minibatch.old_log_probs[:, group]
             advantage = minibatch.advantages[:, None].expand_as(old_log_prob)
             loss, ratio = clipped_policy_loss(
-                log_prob.view_as(old_log_prob), old_log_prob, advantage, self._bounds
+                log_prob.view_as(old_log_prob), old_log_prob, advantage, self.options.bounds
             )
             metrics = {
                 "policy/loss": loss.detach(),
@@ -244,17 +237,16 @@ class DDPO:
         """How many losses `losses` yields."""
         return math.ceil(minibatch.steps.shape[1] / self.options.timesteps_per_loss)
 
-    # --- the replay ----------------------------------------------------------------------------
-
     def check_replay(self, batch: TrajectoryBatch) -> ReplayReport:
         """Compute the rollout of an untouched policy again in the training batches' shapes.
 
         Raises:
             UserError: |ratio - 1| exceeds the bar (1e-6 for `mean`, 1e-4 for `nats`) by something
-                that replaying in the training shape cannot cure; the report names each timestep.
+                that replaying in the training shape cannot cure (the report names each timestep),
+                or the policy is not its reference.
         """
         self.listener.progress("checking", 0, 1)
-        wish = self.options.old_log_probs
+        wish: Wish = self.options.old_log_probs
         if wish == "auto" and self._guidance != self.sampling.guidance_scale:
             wish = "replayed"
         sampled = batch.trajectory.log_probs
@@ -262,20 +254,14 @@ class DDPO:
             as_sampled = replace(batch, cond=batch.trajectory.cond)
             again = self._replay(as_sampled, self.sampling.guidance_scale)
         report = self._judge(ratio_deviation(again, sampled), wish, precision.result)
-        # Gradients switched on may take other kernels, and LoRA dropout acts only then.
-        first = next(self.minibatches(batch))
-        group = first.groups(self.options.timesteps_per_loss)[0]
-        with torch.no_grad():
-            without = self._likelihood.log_prob(first, group, self._guidance)
-        with torch.enable_grad():
-            within = self._likelihood.log_prob(first, group, self._guidance).detach()
-        at_steps = torch.full_like(sampled, math.nan)
-        at_steps[first.rows[:, None], first.steps[:, group]] = within - without
-        drift = ratio_deviation(at_steps, torch.zeros_like(sampled))
+        first, group = next(self.minibatches(batch)), self.options.timesteps_per_loss
+        untouched = Untouched(self._likelihood, first, self._guidance, group)
+        drift = ratio_deviation(untouched.gradient_drift(sampled), torch.zeros_like(sampled))
         self._judge(drift, "sampled", precision.result)
+        untouched.look_closer(self.options, is_float32=precision.result, listener=self.listener)
         return report
 
-    def _judge(self, deviation: Tensor, wish: Any, is_float32: bool) -> ReplayReport:
+    def _judge(self, deviation: Tensor, wish: Wish, is_float32: bool) -> ReplayReport:
         return judge(
             timesteps=self._likelihood.schedule.timesteps,
             deviation=deviation.cpu(),
@@ -296,21 +282,19 @@ class DDPO:
         self._calls += int((~log_probs.isnan()).sum()) * branches(guidance)
         return log_probs
 
-    # --- state ---------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Per-prompt statistics, calls so far, the replay check's decision.
 
         The data cursor is the iteration itself: the plan is a function of seed and iteration.
         """
         return {
-            "statistics": self._statistics.state_dict(),
+            "statistics": self._normaliser.statistics.state_dict(),
             "calls": self._calls,
             "replays": self._replays,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned."""
-        self._statistics.load_state_dict(state["statistics"])
+        self._normaliser.statistics.load_state_dict(state["statistics"])
         self._calls = state["calls"]
         self._replays = state["replays"]

@@ -103,6 +103,16 @@ class DDPOOptions:
         require(self, "lie in (0, 1]", lambda share: 0 < share <= 1, "timestep_fraction")
         at_least(self, 0, "kl_weight")
         clip_bounds(self.clip_range, self.clip_unit)
+        compared = {"group": self.samples_per_prompt, "global": self.samples}
+        if compared.get(self.advantages) == 1:
+            raise OptionError(
+                "samples_per_prompt",
+                f"1 leaves nothing to compare a sample with (advantages: {self.advantages}), so "
+                "every advantage would be zero",
+                fix="set 2 or more, or algorithm.advantages=prompt, which remembers rewards"
+                + (", or global" if self.advantages == "group" and self.samples > 1 else ""),
+                reads=("advantages", "prompts_per_iteration"),
+            )
         if self.buffer_min_count > self.buffer_size:
             raise OptionError(
                 "buffer_min_count",
@@ -117,6 +127,11 @@ class DDPOOptions:
                 fix=f"nearest that do: {nearest_divisors(self.samples, self.train_batch_size)}",
                 reads=("prompts_per_iteration", "samples_per_prompt"),
             )
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval that the ratio is clipped to."""
+        return clip_bounds(self.clip_range, self.clip_unit)
 
     @property
     def samples(self) -> int:

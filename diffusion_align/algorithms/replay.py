@@ -17,9 +17,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.algorithms import tf32
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.errors import UserError
 from diffusion_align.policy.adapter import TrainingDropout
+
+Wish = Literal["auto", "sampled", "replayed"]
 
 BARS: dict[Reduction, float] = {"mean": 1e-6, "sum": 1e-4}
 """How far an untouched policy's ratio may be from 1 in float32."""
@@ -27,6 +30,9 @@ BARS: dict[Reduction, float] = {"mean": 1e-6, "sum": 1e-4}
 FAULT = 1e-5
 """A log-ratio per dimension that float32 rounding cannot explain: batch size 1 against 32 gives
 1e-6 at 256 dimensions, fewer at more; bf16 storage gives 3e-5 to 3e-3."""
+
+COARSE_FAULT = 0.05
+"""The same for lower precision, where replaying a small model in bf16 gives about 1e-3."""
 
 
 @dataclass(frozen=True)
@@ -87,21 +93,23 @@ def judge(
     deviation: Tensor,
     reduction: Reduction,
     dimensions: int,
-    wish: Literal["auto", "sampled", "replayed"],
+    wish: Wish,
     is_float32: bool,
     clip_range: float,
 ) -> ReplayReport:
     """Decide which log-probabilities to train against, or stop.
 
     In float32 the bars are those of `BARS`. In lower precision (bf16 weights, autocast, TF32) they
-    cannot be met by any formulation, so a tenth of the clip range takes their place.
+    cannot be met by any formulation, so a tenth of the clip range takes their place. What no
+    rounding explains (`FAULT`, `COARSE_FAULT`) and what is not finite is refused in any precision.
 
     Raises:
         UserError: a deviation that is no rounding, or one above the bar that `wish` leaves uncured.
     """
     bar = BARS[reduction] if is_float32 else max(BARS[reduction], clip_range / 10)
     per_dimension = dimensions if reduction == "sum" else 1
-    fault = max(bar, math.expm1(min(FAULT * per_dimension, 80.0))) if is_float32 else math.inf
+    unexplained = (FAULT if is_float32 else COARSE_FAULT) * per_dimension
+    fault = max(bar, math.expm1(min(unexplained, 80.0)))  # finite: an infinite ratio exceeds it
     known = deviation[~deviation.isnan()]
     worst = float(known.max()) if len(known) else math.nan
     within = worst <= bar
@@ -115,7 +123,7 @@ def judge(
         "sampled" if keep_sampled else "replayed",
     )
     if not worst <= fault or (wish == "sampled" and not within):
-        raise UserError(refusal(report, worst > fault), fix=report.table() + "\n" + _ADVICE)
+        raise UserError(refusal(report, not worst <= fault), fix=report.table() + "\n" + _ADVICE)
     return report
 
 
@@ -166,7 +174,7 @@ class FloatProbe:
         parameters = list(module.parameters())
         self.result = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
         on_cuda = any(parameter.is_cuda for parameter in parameters)
-        if on_cuda and (torch.backends.cudnn.allow_tf32 or torch.backends.cuda.matmul.allow_tf32):
+        if on_cuda and tf32.in_use():
             self.result = False
 
     def __enter__(self) -> FloatProbe:

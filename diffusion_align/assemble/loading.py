@@ -29,11 +29,17 @@ def load_policy(config: RunConfig) -> Policy:
     if lora is None:
         return Policy.load(model.id, full=True, **plain)
     if lora.path is not None:
-        # Rank, alpha and targets are the file's.
-        return Policy.load(model.id, lora_path=lora.path, lora_dropout=lora.dropout, **plain)
+        # Rank, alpha and targets are the file's; a rank that was asked for is held against it.
+        return Policy.load(
+            model.id,
+            lora_path=lora.path,
+            lora_rank=lora.rank,
+            lora_dropout=lora.dropout,
+            **plain,
+        )
     return Policy.load(
         model.id,
-        lora_rank=lora.rank,
+        lora_rank=lora.new_rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         lora_targets=lora.targets,
@@ -41,7 +47,14 @@ def load_policy(config: RunConfig) -> Policy:
     )
 
 
-def load_tuned(model: str, tuned: Tuned, device: str) -> Policy:
+def load_tuned(
+    model: str,
+    tuned: Tuned,
+    device: str,
+    *,
+    dtype: str = "float32",
+    revision: str | None = None,
+) -> Policy:
     """The policy to draw with: `model` with a LoRA, or a whole model that was tuned from it.
 
     A saved pipeline does not say with how many steps and which guidance it is meant to be sampled;
@@ -53,8 +66,10 @@ def load_tuned(model: str, tuned: Tuned, device: str) -> Policy:
     from diffusion_align.policy import Policy, resolve
 
     if not tuned.whole:
-        return Policy.load(model, lora_path=tuned.path, device=device)
-    policy = Policy.load(tuned.path, device=device)
+        return Policy.load(
+            model, lora_path=tuned.path, device=device, dtype=dtype, revision=revision
+        )
+    policy = Policy.load(tuned.path, device=device, dtype=dtype)
     info = resolve(model)
     if not info.family:
         return policy  # a hub id that is not loaded; the family's own sampling is as good

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from diffusion_align.assemble.loading import load_rewards, load_tuned
-from diffusion_align.assemble.run import training_prompts
+from diffusion_align.assemble.run import training_prompts, with_negative
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Drawing:
-    """How `sample` and `compare` make pictures; None is the model's own value."""
+    """How `sample` and `compare` make pictures; None is the run's value, else the model's own."""
 
     steps: int | None = None
     guidance_scale: float | None = None
@@ -35,18 +35,33 @@ class Drawing:
     seed: int = 0
     device: str = "auto"
     batch_size: int = 16
+    eta: float | None = None
+    dtype: str | None = None
 
-    def sampling(self) -> SamplingOptions:
-        """Deterministic sampling with these settings."""
+    def sampling(self, run: RunConfig | None) -> SamplingOptions:
+        """These settings over those of the evaluation of `run`; deterministic without a run."""
+        from diffusion_align.evaluation.generate import evaluation_sampling
         from diffusion_align.sampling.options import SamplingOptions
 
-        return SamplingOptions(
-            steps=self.steps,
-            guidance_scale=self.guidance_scale,
-            eta=0.0,
-            batch_size=self.batch_size,
-            flow_kind="ode",
+        eta = self.eta
+        if eta is None:
+            eta = run.evaluation.eta if run else 0.0
+        known = evaluation_sampling(
+            run.sampling if run else SamplingOptions(), eta=eta, batch_size=self.batch_size
         )
+        return replace(
+            known,
+            steps=known.steps if self.steps is None else self.steps,
+            guidance_scale=(
+                known.guidance_scale if self.guidance_scale is None else self.guidance_scale
+            ),
+        )
+
+    def loading(self, model: str, run: RunConfig | None) -> dict[str, Any]:
+        """What `Policy.load` is told beside the model."""
+        dtype = self.dtype or (run.model.dtype if run else "float32")
+        revision = run.model.revision if run and run.model.id == model else None
+        return {"device": self.device, "dtype": dtype, "revision": revision}
 
 
 def sample_pictures(
@@ -57,16 +72,23 @@ def sample_pictures(
     drawing: Drawing,
     progress: Progress | None = None,
 ) -> list[Path]:
-    """Pictures of `prompts` as PNGs in `out`, and `prompts.jsonl`, which `score` reads."""
+    """Pictures of `prompts` as PNGs in `out`, and `prompts.jsonl`, which `score` reads.
+
+    What was tuned is drawn as its run was evaluated, where it says so. Pictures of an earlier call
+    in `out` are removed first.
+    """
     import json
 
     from diffusion_align.data.images import write_png
     from diffusion_align.evaluation.generate import generate
     from diffusion_align.policy import Policy
 
-    device = drawing.device
-    policy = load_tuned(model, tuned, device) if tuned else Policy.load(model, device=device)
+    run = run_of(tuned, needed=False) if tuned else None
+    how = drawing.loading(model, run)
+    policy = load_tuned(model, tuned, **how) if tuned else Policy.load(model, **how)
     _tell(policy)
+    prompts = with_negative(prompts, run) if run else prompts
+    _clear(out)
     files: list[Path] = []
     rows: list[str] = []
     stride = max(1, drawing.batch_size // drawing.seeds)
@@ -76,7 +98,7 @@ def sample_pictures(
             policy,
             part,
             drawing.seeds,
-            drawing.sampling(),
+            drawing.sampling(run),
             run_seed=drawing.seed,
             first_position=first,
         )
@@ -103,30 +125,32 @@ def compare_pictures(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """Compare what was tuned with its base model.
+    """Compare what was tuned with its base model, drawn as its run was evaluated.
 
     A LoRA is its own base when switched off; of a whole model both are loaded, the base first.
 
     Args:
-        trained_on: rewards of the training; None reads them from the run that `tuned` belongs to.
+        trained_on: rewards of the training; None reads them from the run that `tuned` belongs to,
+            and without a run they are unknown.
     """
     from diffusion_align.evaluation.compare import compare
     from diffusion_align.policy import Policy
 
     run = run_of(tuned, needed=trained_on is None)
-    if trained_on is None:
-        trained_on = [run.reward] if run else []
-    base = Policy.load(model, device=drawing.device) if tuned.whole else None
-    policy = load_tuned(model, tuned, drawing.device)
+    if trained_on is None and run:
+        trained_on = [run.reward]
+    how = drawing.loading(model, run)
+    base = Policy.load(model, **how) if tuned.whole else None
+    policy = load_tuned(model, tuned, **how)
     _tell(base or policy)
     return compare(
         policy,
-        prompts,
+        with_negative(prompts, run) if run else prompts,
         rewards=load_rewards(rewards, policy.device),
         output=out,
         trained_on=trained_on,
         seeds=drawing.seeds,
-        sampling=drawing.sampling(),
+        sampling=drawing.sampling(run),
         run_seed=drawing.seed,
         tuned_name=str(tuned.folder),
         training_prompts=[prompt.text for prompt in training_prompts(run)] if run else [],
@@ -166,26 +190,37 @@ def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
     """The config of the run that wrote `tuned`, where it still lies beside it.
 
     Args:
-        needed: whether a config that cannot be read is an error; else it is as good as none.
+        needed: whether a config that cannot be read is an error; else it is as good as none, which
+            is said.
 
     Raises:
         UserError: it cannot be read, for instance because its prompts have been moved.
     """
     from diffusion_align.config import load_config
+    from diffusion_align.reporting.console import Console
 
     for folder in (tuned.folder, tuned.folder.parent):
-        if not (folder / "config.yaml").is_file():
+        record = folder / "config.yaml"
+        if not record.is_file():
             continue
         try:
-            return load_config(folder / "config.yaml")
+            return load_config(record)
         except UserError as error:
             if needed:
                 raise UserError(
                     "it tells what the model was trained on, but is not in order",
-                    where=str(folder / "config.yaml"),
+                    where=str(record),
                     fix=f"{error}\nor name the rewards of the training with --trained-on",
                 ) from error
+            Console().message(f"{record} is not in order: drawn with the model's own settings")
+            return None
     return None
+
+
+def _clear(out: Path) -> None:
+    """Remove the pictures of an earlier call, and nothing else that lies there."""
+    for path in (out / "prompts.jsonl", *out.glob("p[0-9]*_s[0-9]*.png")):
+        path.unlink(missing_ok=True)
 
 
 def _tell(policy: Policy) -> None:

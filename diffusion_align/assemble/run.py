@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.assemble.loading import load_policy, load_rewards
+from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.base import Algorithm
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from diffusion_align.evaluation.comparison import Comparison
     from diffusion_align.policy import Policy
     from diffusion_align.training.loop import TrainResult
+    from diffusion_align.training.run_folder import RunFolder
     from reward_models.base import Reward
 
 
@@ -31,9 +33,7 @@ def training_prompts(config: RunConfig) -> list[Prompt]:
     """The prompts trained on; those without a negative prompt get the config's."""
     from diffusion_align.data.prompts import load_prompts
 
-    prompts = load_prompts(config.prompts.source)
-    negative = config.prompts.negative
-    return [p if p.negative else replace(p, negative=negative) for p in prompts]
+    return with_negative(load_prompts(config.prompts.source), config)
 
 
 def heldout_prompts(config: RunConfig) -> list[Prompt]:
@@ -41,6 +41,11 @@ def heldout_prompts(config: RunConfig) -> list[Prompt]:
     from diffusion_align.data.prompts import load_prompts
 
     prompts = load_prompts(config.evaluation.prompts)[: config.evaluation.limit]
+    return with_negative(prompts, config)
+
+
+def with_negative(prompts: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
+    """`prompts`, where those without a negative prompt get the config's."""
     negative = config.prompts.negative
     return [p if p.negative else replace(p, negative=negative) for p in prompts]
 
@@ -68,8 +73,34 @@ def load_algorithm(
     return algorithm
 
 
-def train_run(config: RunConfig, *, resume: bool = False) -> TrainedRun:
-    """Build everything that a config describes and train; the run folder is open already.
+def begin_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> RunFolder:
+    """The run's folder, opened, with the resolved config in it.
+
+    Raises:
+        UserError: as `open_run_folder`, or the config cannot be written.
+    """
+    from diffusion_align.config import to_yaml
+    from diffusion_align.training.run_folder import open_run_folder
+
+    folder = open_run_folder(config.output, resume=resume, new=new)
+    record, unfinished = folder.path / "config.yaml", folder.path / ".config.yaml"
+    try:
+        unfinished.write_text(to_yaml(config), encoding="utf-8")
+        unfinished.replace(record)
+    except OSError as error:
+        raise UserError(
+            f"cannot be written ({error.strerror})",
+            where=str(record),
+            fix="choose another folder with output=...",
+        ) from error
+    return folder
+
+
+def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> TrainedRun:
+    """Build everything that a config describes, then open the run's folder and train.
+
+    Args:
+        resume, new: as in `train`. An earlier run is put aside only when all has been loaded.
 
     Raises:
         UserError, RewardError: anything a person can put right.
@@ -100,10 +131,11 @@ def train_run(config: RunConfig, *, resume: bool = False) -> TrainedRun:
         sampling=config.sampling,
         run_seed=config.seed,
     )
+    folder = begin_run(config, resume=resume, new=new)
     result = train(
         algorithm,
         options=config.train,
-        output=config.output,
+        output=folder.path,
         resume=resume,
         seed=config.seed,
         reporter=console,
@@ -134,5 +166,6 @@ def compare_run(
         tuned_name=str(run.result.folder),
         training_prompts=[prompt.text for prompt in training_prompts(config)],
         against="start",
+        overwrite=True,  # what lies there is an earlier report of this same run
         progress=progress,
     )

@@ -1,4 +1,4 @@
-"""`demo` and `train`: a config becomes a run folder, and the demo ends with its report."""
+"""`demo` and `train`: a config becomes a run folder that ends with its report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from diffusion_align.commands.outputs import check_file, check_folder
 from diffusion_align.commands.progress import bar
-from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion_align.assemble import TrainedRun
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Change values of the config."),
+]
+NoCompare = Annotated[
+    bool,
+    typer.Option("--no-compare", help="End without the report (also: evaluation.report=false)."),
 ]
 
 
@@ -32,24 +36,19 @@ def train(
     new: Annotated[
         bool, typer.Option("--new", help="Put an existing run aside and begin again.")
     ] = False,
+    no_compare: NoCompare = False,
     output: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the run (default: runs/CONFIG).")
     ] = None,
 ) -> None:
-    """Align a model as a config says.
+    """Align a model as a config says, and compare it with the model it was.
 
-    Example: diffusion-align train demo train.steps=50
+    Example: diffusion-align train demo train.steps=50 output=runs/mine
     """
     from diffusion_align.config import load_config
 
-    settled = load_config(config, _words(overrides, output))
-    folder = _open(settled, resume=resume, new=new)
-    with _interruptible(folder):
-        from diffusion_align.assemble import train_run
-
-        run = train_run(settled, resume=resume)
-    _stop_if_interrupted(run, folder)
-    typer.echo(f"the tuned model: {folder / 'final'}")
+    words = [*(overrides or []), *(["evaluation.report=false"] if no_compare else [])]
+    _run(load_config(config, _words(words, output)), resume=resume, new=new)
 
 
 def demo(
@@ -61,51 +60,70 @@ def demo(
     """Align the embedded model and prove it: offline, on a CPU, in minutes."""
     from diffusion_align.config import load_config
 
-    settled = load_config("demo", _words(overrides, out))
     # Whoever runs the demo again wants to see it again; an earlier one is put aside, never lost.
-    folder = _open(settled, resume=False, new=True)
-    with _interruptible(folder):
-        from diffusion_align.assemble import compare_run, train_run
-
-        run = train_run(settled, resume=False)
-        _stop_if_interrupted(run, folder)
-        with bar("comparing") as progress:
-            comparison = compare_run(settled, run, progress)
-    from diffusion_align.commands.pictures import print_verdict
-
-    print_verdict(comparison)
+    _run(load_config("demo", _words(overrides, out)), resume=False, new=True)
 
 
 def _words(overrides: list[str] | None, output: str | None) -> list[str]:
     return [*(overrides or []), *([f"output={output}"] if output else [])]
 
 
-def _open(config: RunConfig, *, resume: bool, new: bool) -> Path:
-    """The run's folder with its config.yaml, settled before anything heavy is imported.
+def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
+    """Train, compare, and say what came of it."""
+    folder = Path(str(config.output)).expanduser()
+    changes = _check(config, folder, resume=resume, new=new)
+    final = folder / "final"
+    with _interruptible(folder, new=new):
+        from diffusion_align.assemble import compare_run, train_run
+
+        run = train_run(config, resume=resume, new=new)
+        _stop_if_interrupted(run, folder)
+        typer.echo(f"the tuned model: {final}")
+        if not config.evaluation.report:
+            return
+        # Training replaces final/. Where a report is still there, nothing was left to train, and it
+        # stands unless something else was asked of it.
+        if (final / "summary.json").exists() and not any(
+            c.startswith("evaluation.") for c in changes
+        ):
+            typer.echo(f"\nreport: {final / 'report.html'}")
+            return
+        with bar("comparing") as progress:
+            comparison = compare_run(config, run, progress)
+    from diffusion_align.commands.pictures import print_verdict
+
+    print_verdict(comparison)
+
+
+def _check(config: RunConfig, folder: Path, *, resume: bool, new: bool) -> list[str]:
+    """Refuse what could not end well, before anything heavy is imported; nothing is changed yet.
+
+    Returns:
+        `key: old -> new` of what a resumed run changes; it is told as well.
 
     Raises:
         UserError: a run is there and neither `--resume` nor `--new` was given, none is there to
-            resume, or it is resumed with changes that would make it another run.
+            resume, it is resumed with changes that would make it another run, or the folder
+            cannot be written.
     """
-    from diffusion_align.config import changes_on_resume, load_config, to_yaml
-    from diffusion_align.training.run_folder import open_run_folder
+    from diffusion_align.config import changes_on_resume, load_config
+    from diffusion_align.training.run_folder import RunFolder, open_run_folder
 
-    folder = open_run_folder(config.output, resume=resume, new=new).path
     record = folder / "config.yaml"
+    check_folder(folder, fix=_ELSEWHERE)
+    if resume or (RunFolder(folder).holds_a_run() and not new):
+        open_run_folder(folder, resume=resume, new=new)  # refuses, or is there already
+    if not new:
+        check_file(record, fix=_ELSEWHERE)
+    changes: list[str] = []
     if resume and record.exists():
-        for line in changes_on_resume(load_config(record), config):
-            typer.echo(f"changed since this run began: {line}", err=True)
-    unfinished = folder / ".config.yaml"
-    try:
-        unfinished.write_text(to_yaml(config), encoding="utf-8")
-        unfinished.replace(record)
-    except OSError as error:
-        raise UserError(
-            f"cannot be written ({error.strerror})",
-            where=str(record),
-            fix="choose another folder with output=...",
-        ) from error
-    return folder
+        changes = changes_on_resume(load_config(record), config)
+    for line in changes:
+        typer.echo(f"changed since this run began: {line}", err=True)
+    return changes
+
+
+_ELSEWHERE = "choose another folder with output=..."
 
 
 def _stop_if_interrupted(run: TrainedRun, folder: Path) -> None:
@@ -117,18 +135,26 @@ def _stop_if_interrupted(run: TrainedRun, folder: Path) -> None:
 
 
 @contextmanager
-def _interruptible(folder: Path) -> Iterator[None]:
+def _interruptible(folder: Path, *, new: bool) -> Iterator[None]:
     """A Ctrl-C that quits at once ends with a word on what was saved."""
+    before = _identity(folder) if new else None
     try:
         yield
     except KeyboardInterrupt:
-        saved = sorted(folder.glob("checkpoints/step_*"))
+        # An earlier run that was not put aside yet is none of this one's.
+        begun = before is None or _identity(folder) != before
+        saved = sorted(folder.glob("checkpoints/step_*")) if begun else []
         if saved:
             typer.echo(f"\nstopped by Ctrl-C; saved until {saved[-1]}", err=True)
             typer.echo(_how_to_go_on(folder), err=True)
         else:
             typer.echo("\nstopped by Ctrl-C before the first checkpoint was saved", err=True)
         raise typer.Exit(130) from None
+
+
+def _identity(folder: Path) -> int | None:
+    """Tells a folder from another one of the same name."""
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def _how_to_go_on(folder: Path) -> str:

@@ -14,6 +14,8 @@ from diffusion_align.config.source import Node
 from diffusion_align.config.validate import ALGORITHM, Reading
 from diffusion_align.errors import OptionError, UserError
 
+# What every random generator below takes.
+MAX_SEED = 2**63 - 1
 Finding = tuple[str, str, str]
 Check = Callable[[Mapping[str, Any]], Iterator[Finding]]
 
@@ -67,6 +69,13 @@ def _held_out_prompts(sections: Mapping[str, Any]) -> Iterator[Finding]:
     yield from _prompt_list("evaluation.prompts", sections["evaluation"].prompts)
 
 
+def _seed(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    seed = sections["seed"]
+    if not 0 <= seed <= MAX_SEED:
+        shown = seed if abs(seed) < 10**30 else f"a number of {len(str(abs(seed)))} digits"
+        yield "seed", f"must lie in [0, 2**63 - 1], not {shown}", f"the largest is {MAX_SEED}"
+
+
 def _accumulation(sections: Mapping[str, Any]) -> Iterator[Finding]:
     options = sections[ALGORITHM].options
     try:
@@ -113,5 +122,6 @@ RULES = (
     Rule(("evaluation.rewards",), _held_out_rewards),
     Rule(("prompts.source",), _prompts),
     Rule(("evaluation.prompts",), _held_out_prompts),
+    Rule(("seed",), _seed),
     Rule((*_MINIBATCHES, "train.accumulation"), _accumulation),
 )

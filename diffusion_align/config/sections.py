@@ -54,7 +54,9 @@ class RunConfig:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
-    seed: int = field(default=0, metadata={"doc": "seed of the run; same seed, same pictures"})
+    seed: int = field(
+        default=0, metadata={"doc": "seed of the run, 0 to 2**63 - 1; same seed, same pictures"}
+    )
     output: str | None = field(
         default=None, metadata={"doc": "folder of the run; null = runs/<name of the config>"}
     )

@@ -8,6 +8,7 @@ those of the written 8-bit pictures: scoring the PNGs again gives the same numbe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,8 @@ SIDES: tuple[Side, Side] = ("base", "tuned")
 DETERMINISTIC = SamplingOptions(eta=0.0, flow_kind="ode")
 
 Table = dict[str, Floats]
+Draw = Callable[..., Pictures]
+"""`generate` with its policy, reference and run seed filled in."""
 
 
 def compare(
@@ -50,8 +53,8 @@ def compare(
     prompts: str | Path | Sequence[str | Prompt],
     *,
     rewards: Mapping[str, Reward],
-    output: Path,
-    trained_on: Sequence[str] = (),
+    output: str | Path,
+    trained_on: Sequence[str] | None = None,
     seeds: int = 4,
     sampling: SamplingOptions = DETERMINISTIC,
     run_seed: int = 0,
@@ -70,7 +73,8 @@ def compare(
         prompts: what `load_prompts` takes; 20 or more for a verdict.
         rewards: name -> scorer. Name at least one that was not trained on.
         output: folder for pictures, `report.html`, `scores.csv`, `summary.json`, `grid.png`.
-        trained_on: which rewards the run was trained with, by name.
+        trained_on: which rewards the run was trained with, by name; None where that is unknown,
+            and then none of them is called held out.
         seeds: pictures per prompt, 2 or more for diversity.
         sampling: None values stand for the model's own; deterministic unless told otherwise.
         run_seed: chooses the evaluation noise.
@@ -90,6 +94,7 @@ def compare(
             `policy` cannot share noise.
         RewardError: a reward broke its contract.
     """
+    output = Path(output)
     items = load_prompts(prompts)
     _check(rewards, seeds, output, overwrite)
     info = policy.info if base is None else base.info
@@ -97,30 +102,25 @@ def compare(
     if base is not None:
         _check_same_noise(base, policy, settings)
     _clear(output)
-    tables: dict[Side, list[Table]] = {"base": [], "tuned": []}
-    total = len(SIDES) * len(items) * seeds
-    stride = max(1, settings.batch_size // seeds)
-    done = 0
-    for first in range(0, len(items), stride):
-        part = items[first : first + stride]
-        for side in SIDES:
-            drawn_by = base if side == "base" and base is not None else policy
-            pictures = generate(
-                drawn_by,
-                part,
-                seeds,
-                settings,
-                reference=against if side == "base" and base is None else None,
-                run_seed=run_seed,
-                first_position=first,
-            )
-            _write_pictures(output, side, pictures, first)
-            table = _measure(pictures, part, rewards, policy, settings.batch_size, features)
-            tables[side].append(table)
-            done += len(part) * seeds
-            if progress is not None:
-                progress(done, total)
-
+    sides: dict[Side, Draw] = {
+        "base": (
+            partial(generate, policy, reference=against)
+            if base is None
+            else partial(generate, base)
+        ),
+        "tuned": partial(generate, policy),
+    }
+    tables = _tables(
+        {side: partial(draw, run_seed=run_seed) for side, draw in sides.items()},
+        lambda pictures, part: _measure(
+            pictures, part, rewards, policy, settings.batch_size, features
+        ),
+        items,
+        seeds,
+        settings,
+        output,
+        progress,
+    )
     results = _results(tables, rewards, trained_on, features is not None)
     comparison = Comparison(
         setup=Setup(
@@ -136,7 +136,7 @@ def compare(
         ),
         prompts=tuple(items),
         results=results,
-        trained_on=tuple(trained_on),
+        trained_on=tuple(trained_on or ()),
         alarms=find_alarms(results),
         notes=find_notes(
             results,
@@ -149,6 +149,32 @@ def compare(
     )
     write_report(comparison)
     return comparison
+
+
+def _tables(
+    sides: Mapping[Side, Draw],
+    measure: Callable[[Pictures, Sequence[Prompt]], Table],
+    prompts: Sequence[Prompt],
+    seeds: int,
+    settings: ResolvedSampling,
+    output: Path,
+    progress: Callable[[int, int], None] | None,
+) -> dict[Side, list[Table]]:
+    """Draw, write and measure slice by slice; one table per slice and side."""
+    tables: dict[Side, list[Table]] = {side: [] for side in sides}
+    total = len(sides) * len(prompts) * seeds
+    stride = max(1, settings.batch_size // seeds)
+    done = 0
+    for first in range(0, len(prompts), stride):
+        part = prompts[first : first + stride]
+        for side, draw in sides.items():
+            pictures = draw(part, seeds, settings, first_position=first)
+            _write_pictures(output, side, pictures, first)
+            tables[side].append(measure(pictures, part))
+            done += len(part) * seeds
+            if progress is not None:
+                progress(done, total)
+    return tables
 
 
 def sampler_name(schedule: str, sampling: SamplingOptions) -> str:
@@ -245,7 +271,7 @@ def _measure(
 def _results(
     tables: Mapping[Side, Sequence[Table]],
     rewards: Mapping[str, Reward],
-    trained_on: Sequence[str],
+    trained_on: Sequence[str] | None,
     in_feature_space: bool,
 ) -> tuple[Result, ...]:
     names = list(dict.fromkeys(name for side in SIDES for table in tables[side] for name in table))

@@ -21,7 +21,7 @@ from diffusion_align.evaluation.statistics import (
     paired,
 )
 
-Role = Literal["trained", "held-out", "diversity"]
+Role = Literal["trained", "held-out", "unknown", "diversity"]
 Side = Literal["base", "tuned"]
 
 DIVERSITY = "diversity"
@@ -48,7 +48,8 @@ class Result:
 
     Attributes:
         name: as in `summary.json`; a part is `reward/part`.
-        role: `trained` if the run was rewarded with it; parts share their reward's role.
+        role: `trained` if the run was rewarded with it, `unknown` where nobody said what the run
+            was rewarded with; parts share their reward's role.
         unit: the reward's range or the distance used, in words.
         base, tuned: float64 `[P, S]`, NaN where not scored; diversity is `[P, 1]`.
         part_of: the reward this is a part of.
@@ -90,7 +91,7 @@ class Comparison:
     Attributes:
         results: trained rewards first, then held-out ones, each followed by its parts; diversity
             last, where it could be measured.
-        trained_on: the rewards of the run, as the caller named them.
+        trained_on: the rewards of the run, as the caller named them; empty where unknown.
         alarms: signs of overfitting to the reward. `notes`: what limits the evidence.
         folder: where pictures and report lie.
     """
@@ -184,7 +185,7 @@ def find_alarms(results: Sequence[Result]) -> tuple[str, ...]:
 def find_notes(
     results: Sequence[Result],
     *,
-    trained_on: Sequence[str],
+    trained_on: Sequence[str] | None,
     prompts: Sequence[Prompt],
     training_prompts: Sequence[str],
     seeds: int,
@@ -202,14 +203,19 @@ def find_notes(
             f"{len(seen)} of the {len(prompts)} prompts were trained on: they show how well the "
             "run did on its own prompts, not on new ones."
         )
-    if not any(result.role == "held-out" for result in results):
+    if trained_on is None:
+        notes.append(
+            "It is not known which rewards the model was trained on: any of these may be one of "
+            "them, so that none is proof of more than its own rise."
+        )
+    elif not any(result.role == "held-out" for result in results):
         notes.append(
             "No held-out reward was scored: a rise of the trained reward alone may be "
             "overfitting to it. Add a reward that was not trained on."
         )
     if seeds < 2:
         notes.append("One picture per prompt: diversity cannot be measured; use 2 seeds or more.")
-    missing = [name for name in trained_on if all(result.name != name for result in results)]
+    missing = [name for name in trained_on or () if all(result.name != name for result in results)]
     if missing:
         notes.append(f"Trained on, but not scored here: {', '.join(missing)}.")
     for result in results:
@@ -224,7 +230,7 @@ def find_notes(
 def arranged(
     scores: Mapping[str, tuple[Floats, Floats]],
     units: Mapping[str, str],
-    trained_on: Sequence[str],
+    trained_on: Sequence[str] | None,
 ) -> list[Result]:
     """Results of rewards and their parts, trained rewards first; a part that repeats its whole is
     left out.
@@ -232,7 +238,7 @@ def arranged(
     Args:
         scores: name -> (base, tuned); a name that is no reward is a part, `reward/part`.
         units: the range in words of every reward.
-        trained_on: which rewards the run was trained with.
+        trained_on: which rewards the run was trained with; None where that is unknown.
     """
     results = []
     for name, (base, tuned) in scores.items():
@@ -242,7 +248,9 @@ def arranged(
             for part, full in zip((base, tuned), scores[whole], strict=True)
         ):
             continue
-        role: Role = "trained" if (whole or name) in trained_on else "held-out"
+        role: Role = "unknown"
+        if trained_on is not None:
+            role = "trained" if (whole or name) in trained_on else "held-out"
         results.append(Result(name, role, units.get(name, ""), base, tuned, whole))
     return sorted(results, key=lambda result: result.role != "trained")
 

@@ -60,7 +60,8 @@ def write_summary(comparison: Comparison) -> Path:
 def write_scores(comparison: Comparison) -> Path:
     """`scores.csv`: one row per reward and pair; a score that does not exist is an empty cell.
 
-    Diversity belongs to a prompt, not to a picture: its rows have no seed and no pictures.
+    A text that a spreadsheet would run as a formula (it begins with = + - or @) gets a `'` before
+    it. Diversity belongs to a prompt, not to a picture: its rows have no seed and no pictures.
     """
     buffer = io.StringIO()
     table = csv.writer(buffer)
@@ -72,9 +73,9 @@ def write_scores(comparison: Comparison) -> Path:
                 table.writerow(
                     [
                         p,
-                        prompt.text,
+                        _text(prompt.text),
                         s if of_picture else "",
-                        result.name,
+                        _text(result.name),
                         result.role,
                         *(_cell(value) for value in (base, tuned, tuned - base)),
                         *(
@@ -91,6 +92,11 @@ _SIDES: tuple[Side, Side] = ("base", "tuned")
 
 def _picture(comparison: Comparison, side: Side, prompt: int, seed: int) -> str:
     return comparison.picture(side, prompt, seed).relative_to(comparison.folder).as_posix()
+
+
+def _text(words: str) -> str:
+    """`words`, which a spreadsheet takes for text: it would run `=HYPERLINK(...)` as a formula."""
+    return f"'{words}" if words.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else words
 
 
 def _cell(value: float) -> str:

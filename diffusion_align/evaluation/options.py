@@ -45,6 +45,10 @@ class EvaluationOptions:
         default=0.0,
         metadata={"doc": "noise of the sampler while evaluating; 0 is deterministic (DDIM, ODE)"},
     )
+    report: bool = field(
+        default=True,
+        metadata={"doc": "whether a run ends with the comparison in its final/"},
+    )
 
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "seeds", "sample_prompts", "batch_size")

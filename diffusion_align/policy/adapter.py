@@ -36,9 +36,10 @@ SNAPSHOT = "snapshot"
 class TrainingDropout(nn.Module):
     """Dropout that acts exactly in training forwards: those made with gradients enabled.
 
-    Every module stays in eval mode and nobody has to switch it: a rollout, a replay check, a
-    reference and a picture run without gradients and therefore without dropout, so the ratio of
-    an untouched policy is 1 at any dropout. Masks come from torch's global stream.
+    Every module stays in eval mode and nobody has to switch it: a rollout, a reference and a
+    picture run without gradients and therefore without dropout. A method that compares the
+    likelihood of a training forward with that of a rollout cannot have dropout at all, and
+    refuses it. Masks come from torch's global stream.
     """
 
     def __init__(self, probability: float) -> None:
@@ -169,7 +170,7 @@ def add_lora(
     except ValueError as error:
         raise UserError(str(error).splitlines()[0], where="lora.targets") from error
     adapter = Adapter(denoiser, dropout=dropout, dtype=dtype, reference_is_snapshot=False)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger one
     for name, parameter in denoiser.named_parameters():
         if parameter.requires_grad and ".lora_A." in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)

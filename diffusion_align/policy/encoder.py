@@ -6,11 +6,15 @@ whoever stands beside it, so a resumed run repeats an uninterrupted one exactly.
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from torch import Tensor
 
 from diffusion_align.errors import UserError
@@ -42,6 +46,7 @@ class PromptEncoder:
         self._cache: OrderedDict[_CacheKey, Conditioning] = OrderedDict()
         self._held = 0
         self._layouts: dict[bool, Layout] = {}
+        self._warned: set[str] = set()
 
     def encode(
         self,
@@ -103,15 +108,18 @@ class PromptEncoder:
 
     def _capture(self, key: _CacheKey) -> Conditioning:
         prompt, negative, guided, height, width = key
-        captured = capture(
-            self._pipeline,
-            self._family,
-            [prompt],
-            [negative] if guided and negative else None,
-            guided=guided,
-            height=height,
-            width=width,
-        )
+        with _libraries_quiet():  # of a long prompt they print what is cut, without its name
+            for text in (prompt, negative) if guided else (prompt,):
+                self._warn_if_cut(text)
+            captured = capture(
+                self._pipeline,
+                self._family,
+                [prompt],
+                [negative] if guided and negative else None,
+                guided=guided,
+                height=height,
+                width=width,
+            )
         branches = self._layout(guided, height, width).split(captured)
         return Conditioning(
             prompts=(prompt,),
@@ -121,6 +129,24 @@ class PromptEncoder:
             latent_shape=tuple(captured.latents.shape[1:]),
             branches=tuple(_as_stored(branch, self._dtype) for branch in branches),
         )
+
+    def _warn_if_cut(self, text: str) -> None:
+        """Say once of a text that the text encoder reads only its beginning."""
+        if text in self._warned:
+            return
+        for name, tokenizer in self._pipeline.components.items():
+            limit = getattr(tokenizer, "model_max_length", None)
+            if not name.startswith("tokenizer") or limit is None:
+                continue
+            count = len(tokenizer(text).input_ids)
+            if count > limit:
+                self._warned.add(text)
+                warnings.warn(
+                    f"prompt {text[:56] + ' ...'!r} has {count} tokens and the text encoder reads "
+                    f"{limit} (start and end included): the rest of it is ignored",
+                    stacklevel=2,
+                )
+                return
 
     def _layout(self, guided: bool, height: int, width: int) -> Layout:
         """The batch axes, probed when guidance is first asked for; they do not depend on size."""
@@ -134,6 +160,20 @@ class PromptEncoder:
                 )
             self._layouts[guided] = layout
         return self._layouts[guided]
+
+
+@contextmanager
+def _libraries_quiet() -> Iterator[None]:
+    """Errors only from diffusers and transformers."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in loggers]
+    for library in loggers:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, level in zip(loggers, levels):
+            library.set_verbosity(level)
 
 
 def _as_stored(branch: Branch, dtype: torch.dtype) -> Branch:

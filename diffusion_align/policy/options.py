@@ -8,6 +8,7 @@ from typing import Literal
 from diffusion_align.errors import OptionError
 from diffusion_align.ranges import at_least, positive, require, words
 
+DEFAULT_RANK = 8
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 
@@ -39,7 +40,8 @@ class LoRAOptions:
     """The low-rank adapter to train.
 
     Args:
-        rank: inner width of every adapted layer, at least 1.
+        rank: inner width of every adapted layer, at least 1; None is 8, or the rank of the LoRA
+            that path names. Another rank than that one's is refused.
         alpha: the update is scaled by alpha / rank; None means alpha = rank, a scale of 1.
         dropout: probability in [0, 1) of dropping an input of the adapter in a training forward
             (never in a rollout, a replay check or a picture).
@@ -47,10 +49,10 @@ class LoRAOptions:
         path: folder or file of a LoRA to start from. Its rank, alpha and targets are then the
             file's, and the reference of the run is a frozen snapshot of it.
 
-    Errors: a value out of range raises `OptionError`.
+    Errors: a value out of range raises `OptionError`; so do alpha and targets beside a path.
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
@@ -62,3 +64,16 @@ class LoRAOptions:
         require(self, "lie in [0, 1)", lambda share: 0 <= share < 1, "dropout")
         if self.targets is not None and not self.targets:
             raise OptionError("targets", "names no layer", fix="null means the family's own list")
+        for name in ("alpha", "targets"):
+            if self.path is not None and getattr(self, name) is not None:
+                raise OptionError(
+                    name,
+                    f"is that of the LoRA in {self.path}",
+                    fix=f"leave {name} or path out (null)",
+                    reads=("path",),
+                )
+
+    @property
+    def new_rank(self) -> int:
+        """The rank of a LoRA that begins from nothing."""
+        return DEFAULT_RANK if self.rank is None else self.rank

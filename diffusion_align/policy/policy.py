@@ -45,6 +45,8 @@ class Policy:
         info: the model and its default sampling, size filled in.
         denoiser: the slot. Training puts the prepared (DDP, FSDP2, compiled) module here;
             `predict` calls nothing else.
+        reference_copy: the second slot: what `reference()` puts into the first in full
+            fine-tuning, else None. Training prepares it alike, so that both round alike.
         device: where tensors go.
         replaced_scheduler: what to tell the user about a replaced scheduler, or None.
     """
@@ -58,7 +60,7 @@ class Policy:
         device: torch.device,
         dtype: torch.dtype,
         adapter: Adapter | None = None,
-        base_copy: nn.Module | None = None,
+        reference_copy: nn.Module | None = None,
         replaced_scheduler: str | None = None,
     ) -> None:
         self.pipeline = pipeline
@@ -69,7 +71,7 @@ class Policy:
         self.replaced_scheduler = replaced_scheduler
         self._dtype = dtype
         self._adapter = adapter
-        self._base_copy = base_copy
+        self.reference_copy = reference_copy
         self._encoder = PromptEncoder(pipeline, family, dtype=dtype)
 
     @classmethod
@@ -107,12 +109,9 @@ class Policy:
         Raises:
             UserError: anything a person can put right.
         """
-        if full and (lora_rank is not None or lora_path is not None):
-            raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
-        if lora_path is not None and (lora_alpha is not None or lora_targets is not None):
-            raise UserError(
-                "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
-            )
+        _check_choice(
+            full=full, rank=lora_rank, path=lora_path, alpha=lora_alpha, targets=lora_targets
+        )
         place, storage = device_of(device), dtype_of(dtype)
         trained = torch.promote_types(storage, torch.float32)
         computing = trained if full else storage
@@ -123,7 +122,7 @@ class Policy:
         told = use_ddim(pipeline, info.name) if family.schedule == "ddim" else None
         denoiser = getattr(pipeline, family.denoiser)
         adapter: Adapter | None = None
-        base_copy: nn.Module | None = None
+        reference_copy: nn.Module | None = None
         if lora_path is not None:
             adapter = load_lora(
                 pipeline,
@@ -145,7 +144,7 @@ class Policy:
                 dtype=trained,
             )
         elif full:
-            base_copy = copy.deepcopy(denoiser).to(place)
+            reference_copy = copy.deepcopy(denoiser).to(place)
             denoiser.requires_grad_(True)
         pipeline.to(place)
         return cls(
@@ -155,7 +154,7 @@ class Policy:
             device=place,
             dtype=computing,
             adapter=adapter,
-            base_copy=base_copy,
+            reference_copy=reference_copy,
             replaced_scheduler=told,
         )
 
@@ -164,7 +163,7 @@ class Policy:
         prompts: Sequence[str],
         *,
         negative_prompts: Sequence[str] | None = None,
-        guidance_scale: float,
+        guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> Conditioning:
@@ -173,17 +172,18 @@ class Policy:
         Args:
             prompts: B texts.
             negative_prompts: B texts; an empty one is the pipeline's own default.
-            guidance_scale: above 1 captures the negative branch as well.
+            guidance_scale: above 1 captures the negative branch as well; None is the model's own.
             height, width: pixels; None means the model's own.
 
         Raises:
             UserError: a size that does not fit the model.
         """
         height, width = self._size(height, width)
+        scale = self.info.guidance_scale if guidance_scale is None else guidance_scale
         conditioning = self._encoder.encode(
             prompts,
             negative_prompts,
-            guided=guidance_scale > 1.0,
+            guided=scale > 1.0,
             height=height,
             width=width,
         )
@@ -211,7 +211,7 @@ class Policy:
         return noise * float(self.pipeline.scheduler.init_noise_sigma)
 
     def predict(
-        self, x_t: Tensor, timestep: Tensor, cond: Conditioning, *, guidance_scale: float
+        self, x_t: Tensor, timestep: Tensor, cond: Conditioning, guidance_scale: float
     ) -> Tensor:
         """The denoiser's output with guidance inside; gradients flow to x_t and the parameters.
 
@@ -275,8 +275,8 @@ class Policy:
                 LoRA it was loaded with, or the copy kept for full fine-tuning. "base" is the
                 model without any LoRA. A frozen policy is its own reference.
         """
-        if self._base_copy is not None:
-            trained, self.denoiser = self.denoiser, self._base_copy
+        if self.reference_copy is not None:
+            trained, self.denoiser = self.denoiser, self.reference_copy
             try:
                 yield
             finally:
@@ -299,7 +299,7 @@ class Policy:
         target = Path(folder)
         if self._adapter is not None:
             self._adapter.save(self.pipeline, self.family, target)
-        elif self._base_copy is not None:
+        elif self.reference_copy is not None:
             with library_bars(shown=False):
                 self.pipeline.save_pretrained(target, safe_serialization=True)
         else:
@@ -319,3 +319,20 @@ class Policy:
         width = own_width if width is None else width
         self._encoder.check_size(height, width)
         return height, width
+
+
+def _check_choice(
+    *,
+    full: bool,
+    rank: int | None,
+    path: str | Path | None,
+    alpha: float | None,
+    targets: Sequence[str] | None,
+) -> None:
+    """Refuse arguments of `Policy.load` of which some would be ignored."""
+    if full and (rank is not None or path is not None):
+        raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
+    if path is not None and (alpha is not None or targets is not None):
+        raise UserError(
+            "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
+        )

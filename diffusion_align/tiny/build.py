@@ -67,7 +67,7 @@ def write_checksums(folder: Path, listing: Path) -> None:
     listing.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def build_tiny_clip(work: Path, *, count: int = 24_000, sampled: int = 2000) -> None:
+def build_tiny_clip(work: Path, *, count: int = 30_000, sampled: int = 4000) -> None:
     """The tower on pictures of every kind, then the head on its frozen fp16 features."""
     pipeline = shipped_pipeline()
     guidance = MODELS["tiny-sd"].guidance_scale

@@ -40,7 +40,7 @@ from reward_models.small_world.grammar import (
     SIZES,
 )
 
-TOWER_STEPS = 3200
+TOWER_STEPS = 5200
 HEAD_STEPS = 3000
 WIDTH = 96
 CONFIG: dict[str, object] = {
@@ -161,7 +161,7 @@ def train_clip(work: Path, judged: Judged, *, seed: int = 3, batch: int = 64) ->
         contrast = (contrast + F.cross_entropy(logits.T, labels)) / 2
         felt = clip.rater(image).squeeze(1)
         rating = (judged.ratings[indices] - centre) / spread
-        return contrast + 0.5 * F.mse_loss(felt, rating)
+        return contrast + F.mse_loss(felt, rating)
 
     fit(
         clip,

@@ -44,24 +44,38 @@ class DamagedCheckpoint(Exception):
     """A checkpoint whose files are not what was written; the message names the file."""
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return folder / f"{_PREFIX}{step:06d}"
+
+
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write atomically, then delete all but the `keep` newest.
 
     Raises:
         UserError: the disk is full or cannot be written; older checkpoints are untouched.
     """
-    target = folder / f"{_PREFIX}{checkpoint.step:06d}"
+    target = checkpoint_path(folder, checkpoint.step)
     write_atomically(target, lambda place: _write(place, checkpoint))
     for old in sorted(_existing(folder), reverse=True)[max(keep, 1) :]:
-        shutil.rmtree(folder / f"{_PREFIX}{old:06d}", ignore_errors=True)
+        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
     return target
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(
+    target: Path,
+    write: Callable[[Path], None],
+    *,
+    keep_as: Callable[[Path], Path | None] = lambda written: None,
+) -> None:
     """Let `write` fill a temporary folder, flush it, and rename it to `target`.
 
     An existing `target` is replaced (it lies aside for the moment between two renames); there is
     never half of one.
+
+    Args:
+        keep_as: given the folder that was written, where an existing `target` is kept; None
+            deletes it, and `target` itself leaves everything as it is.
 
     Raises:
         UserError: the disk is full or cannot be written.
@@ -74,11 +88,17 @@ def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
         for path in [*temporary.rglob("*"), temporary]:
             _flush(path)
         if target.exists():
-            replaced = target.parent / f".replaced-{target.name}"
-            shutil.rmtree(replaced, ignore_errors=True)
+            kept = keep_as(temporary)
+            if kept == target:
+                shutil.rmtree(temporary, ignore_errors=True)
+                return
+            replaced = kept or target.parent / f".replaced-{target.name}"
+            if kept is None:
+                shutil.rmtree(replaced, ignore_errors=True)
             os.rename(target, replaced)
             os.rename(temporary, target)
-            shutil.rmtree(replaced, ignore_errors=True)
+            if kept is None:
+                shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.rename(temporary, target)
         _flush(target.parent)
@@ -106,7 +126,7 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
     found = sorted(_existing(folder), reverse=True)
     faults: list[str] = []
     for step in found:
-        path = folder / f"{_PREFIX}{step:06d}"
+        path = checkpoint_path(folder, step)
         try:
             return load_checkpoint(path)
         except DamagedCheckpoint as damage:

@@ -27,20 +27,33 @@ class Guards:
         self._reached = False
 
     def rewards(self, metrics: Mapping[str, float]) -> None:
-        """Stop where the rewards of several iterations in a row have no spread at all."""
-        spread = metrics.get("reward/std")
+        """Stop where several iterations in a row have nothing to learn from.
+
+        That is where the rewards, or what the algorithm makes of them, have no spread at all.
+        """
+        spread = _spread(metrics)
         if spread is None:
             return
         self._equal = self._equal + 1 if spread == 0 else 0
-        if self._equal >= EQUAL_REWARDS_ALLOWED:
+        if self._equal < EQUAL_REWARDS_ALLOWED:
+            return
+        if metrics.get("reward/std"):
             raise UserError(
-                f"all rewards were equal ({metrics.get('reward/mean')}) in {self._equal} "
-                "iterations in a row: there is nothing to learn from",
-                where="reward",
-                fix="look at the sample pictures; is the reward saturated, or too coarse for these"
-                " prompts?\nmore samples per prompt, or a finer reward, give it something to tell"
-                " apart",
+                f"the rewards differ, but every advantage was zero in {self._equal} iterations in "
+                "a row: there is nothing to learn from",
+                where="algorithm.advantages",
+                fix="the samples that are compared with each other all got one reward: give more"
+                " samples per prompt\nor a finer reward, or compare across prompts"
+                " (algorithm.advantages=global)",
             )
+        raise UserError(
+            f"all rewards were equal ({metrics.get('reward/mean')}) in {self._equal} "
+            "iterations in a row: there is nothing to learn from",
+            where="reward",
+            fix="look at the sample pictures; is the reward saturated, or too coarse for these"
+            " prompts?\nmore samples per prompt, or a finer reward, give it something to tell"
+            " apart",
+        )
 
     def gradient(
         self,
@@ -57,10 +70,11 @@ class Guards:
         self._skipped = 0
         if self._reached:
             return
-        # Later a zero is honest (everything clipped); at the first update it is not.
+        # Later a zero is honest (everything clipped); at the first update it is not, unless all
+        # advantages are zero.
         reached = any(parameter.grad is not None for parameter in parameters)
         self._reached = reached and norm > 0
-        if not reached or (norm == 0 and batch_metrics.get("reward/std", 1.0) > 0):
+        if not reached or (norm == 0 and _spread(batch_metrics) != 0):
             raise UserError(
                 "no gradient reached the trained parameters",
                 where=f"step {step}",
@@ -81,3 +95,8 @@ class Guards:
             "try a lower train.learning_rate, train.mixed_precision=no or bf16, a smaller clip"
             " range,\nand see whether the reward returns huge numbers",
         )
+
+
+def _spread(metrics: Mapping[str, float]) -> float | None:
+    """Of the advantages where there are any, else of the rewards; None where neither is known."""
+    return metrics.get("advantage/std", metrics.get("reward/std"))

@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.algorithms.base import Algorithm
+from diffusion_align.errors import UserError
 from diffusion_align.reporting.console import Console, Reporter
 from diffusion_align.training import random_state
 from diffusion_align.training.checkpoint import (
     Checkpoint,
+    checkpoint_path,
     load_newest,
     save_checkpoint,
-    write_atomically,
 )
+from diffusion_align.training.final import write_final
 from diffusion_align.training.guards import Guards
 from diffusion_align.training.interrupt import Interrupted, Interruption
 from diffusion_align.training.means import Means
@@ -28,7 +30,12 @@ from diffusion_align.training.options import TrainOptions
 from diffusion_align.training.probe import Probe
 from diffusion_align.training.record import Recorder
 from diffusion_align.training.result import TrainResult
-from diffusion_align.training.run_folder import RunFolder, open_run_folder, write_environment
+from diffusion_align.training.run_folder import (
+    RunFolder,
+    open_run_folder,
+    write_environment,
+    write_record,
+)
 from diffusion_align.training.setup import Machinery
 
 
@@ -75,11 +82,13 @@ def train(
         if resume:
             run.restore(reporter.message)
         write_environment(folder, str(machinery.device))
+        write_record(folder, name, algorithm.record())
         interruption = stack.enter_context(Interruption(reporter.message))
-        recorder.start(begun := run.step, run.seconds, algorithm.describe())
+        lines = [*algorithm.describe(), *machinery.notes, *run.remainder()]
+        recorder.start(begun := run.step, run.seconds, lines)
         run.iterate(interruption)
         if run.step > begun or not folder.final.exists():
-            write_atomically(folder.final, algorithm.policy.save)
+            write_final(folder.final, algorithm.policy.save, reporter.message)
         word = "stopped" if interruption.requested else "done"
         reporter.message(f"{word} at step {run.step}: {folder.final}")
         return TrainResult(
@@ -101,6 +110,7 @@ class _Run:
         self.algorithm, self.options, self.folder = algorithm, options, folder
         self.machinery, self.recorder = machinery, recorder
         self.guards = Guards(scaled=machinery.scaled)
+        self.per_iteration = algorithm.minibatch_count() // options.accumulation
         self.step = self.iteration = 0
         self.seconds = 0.0
         self.saved_at = -1
@@ -108,24 +118,60 @@ class _Run:
     def iterate(self, interruption: Interruption) -> None:
         """Iterations until all steps are done or the run is interrupted; checkpoints between."""
         while self.step < self.options.steps and not interruption.requested:
+            if self.options.steps - self.step < self.per_iteration:
+                self._save_once()  # the coming iteration will end early, where nothing can be saved
             algorithm_before, random_before = self.algorithm.state_dict(), random_state.capture()
             try:
                 with interruption.droppable():
                     batch = self.algorithm.collect(self.iteration)
-            except Interrupted:
+                self.guards.rewards(batch.metrics)
+            except (Interrupted, Exception) as error:
                 # Nothing was learnt from it, and it can be made again: as if it had not begun.
                 self.algorithm.load_state_dict(algorithm_before)
                 random_state.restore(random_before)
-                break
-            self.guards.rewards(batch.metrics)
+                if isinstance(error, Interrupted):
+                    break
+                self._rescue()
+                raise
             if not self._learn(batch):
-                return  # the last step fell inside an iteration, where nothing can be saved
+                return
             self.iteration += 1
             every = self.options.checkpoint_every
             if every and self.iteration % every == 0:
                 self._save()
         if self.saved_at != self.step:
             self._save()
+
+    def remainder(self) -> list[str]:
+        """What to say where the last step falls inside an iteration."""
+        whole, rest = divmod(self.options.steps, self.per_iteration)
+        if not rest:
+            return []
+        near = [n * self.per_iteration for n in (whole, whole + 1) if n]
+        return [
+            f"{self.options.steps} steps are {whole} iterations of {self.per_iteration} and {rest} "
+            "more: a run that goes on later repeats these, because nothing is saved inside an "
+            f"iteration (train.steps={' or '.join(map(str, near))} wastes none)"
+        ]
+
+    def _save_once(self) -> None:
+        """A checkpoint of what was learnt so far, where there is none yet."""
+        if self.step > 0 and self.saved_at != self.step:
+            self._save()
+
+    def _rescue(self) -> None:
+        """Save before an error ends the run; the error itself matters more than a failed save."""
+        say = self.recorder.clock.message
+        try:
+            self._save_once()
+        except UserError as error:
+            say(f"the run stops, and its last steps could not be saved: {error}")
+            return
+        if self.step > 0:
+            say(
+                f"the run stops; step {self.step} is saved in "
+                f"{checkpoint_path(self.folder.checkpoints, self.step)}: go on with --resume"
+            )
 
     def _learn(self, batch: Any) -> bool:
         """The updates of one batch. False where the run's last step came before its end."""

@@ -1,5 +1,5 @@
-"""The run folder: config.yaml (written by the command line), env.json, metrics.jsonl, samples/,
-checkpoints/step_*/ and final/.
+"""The run folder: config.yaml (written by the command line), run.json, env.json, metrics.jsonl,
+samples/, checkpoints/step_*/ and final/.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,6 +34,10 @@ class RunFolder:
     """Where one run keeps its files."""
 
     path: Path
+
+    @property
+    def record(self) -> Path:
+        return self.path / "run.json"
 
     @property
     def metrics(self) -> Path:
@@ -164,3 +169,14 @@ def write_environment(folder: RunFolder, device: str) -> None:
         "packages": versions,
     }
     (folder.path / "env.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_record(folder: RunFolder, algorithm: str, record: Mapping[str, Any]) -> None:
+    """run.json: `{"algorithm": "ddpo", "trained_on": [reward names], "prompts": [texts]}`.
+
+    It is what a comparison needs to know of a run, also of one that was made without a config.
+    """
+    text = json.dumps({"algorithm": algorithm, **record}, indent=2, ensure_ascii=False)
+    temporary = folder.record.with_suffix(".tmp")
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, folder.record)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
+from diffusion_align.algorithms import tf32
 from diffusion_align.algorithms.base import Algorithm
 from diffusion_align.errors import UserError
 from diffusion_align.training.checkpoint import Checkpoint
@@ -29,6 +30,8 @@ class Machinery:
     def __init__(self, algorithm: Algorithm[Any, Any], options: TrainOptions) -> None:
         self._policy = algorithm.policy
         self._options = options
+        self._likelihoods = algorithm.needs.trajectory
+        self.notes: list[str] = []  # what was changed for the run, for the person who watches
         self.parameters: list[nn.Parameter] = list(self._policy.trainable_parameters())
         if not self.parameters:
             raise UserError(
@@ -38,36 +41,53 @@ class Machinery:
             )
 
     def __enter__(self) -> Machinery:
-        options = self._options
         on_cpu = torch.device(self._policy.device).type == "cpu"
-        if on_cpu and options.mixed_precision == "fp16":
+        if on_cpu and self._options.mixed_precision == "fp16":
             raise UserError(
                 "fp16 needs a GPU", where="train.mixed_precision", fix="use no, or bf16"
             )
-        self._owns_state = not AcceleratorState._shared_state
-        self._accelerator = Accelerator(
-            mixed_precision=options.mixed_precision, cpu=on_cpu, gradient_accumulation_steps=1
-        )
-        bare: nn.Module = self._policy.denoiser
-        names = {id(parameter): name for name, parameter in bare.named_parameters()}
-        self._names = [
-            names.get(id(parameter), f"parameter_{number}")
-            for number, parameter in enumerate(self.parameters)
-        ]
-        self._policy.denoiser = self._accelerator.prepare_model(bare)
-        adamw = torch.optim.AdamW(self.parameters, **_hyperparameters(options))
-        self._optimizer: Any = self._accelerator.prepare_optimizer(adamw)
-        self._optimizer.zero_grad()
+        # Whatever is set up is taken down again, also where a later step of this fails.
+        with ExitStack() as stack:
+            self._accelerator = _accelerator(stack, self._options, on_cpu=on_cpu)
+            bare: nn.Module = self._policy.denoiser
+            names = {id(parameter): name for name, parameter in bare.named_parameters()}
+            self._names = [
+                names.get(id(parameter), f"parameter_{number}")
+                for number, parameter in enumerate(self.parameters)
+            ]
+            if self._likelihoods and not on_cpu and self._in_float32(bare) and tf32.in_use():
+                stack.enter_context(tf32.switched_off())
+                self.notes.append("TF32 is off for this run: likelihood ratios need float32 whole")
+            self._fill(stack, "denoiser", for_training=True)
+            if getattr(self._policy, "reference_copy", None) is not None:
+                # Else the reference would compute in another precision than the policy.
+                self._fill(stack, "reference_copy", for_training=False)
+            adamw = torch.optim.AdamW(self.parameters, **_hyperparameters(self._options))
+            self._optimizer: Any = self._accelerator.prepare_optimizer(adamw)
+            self._optimizer.zero_grad()
+            stack.callback(self._optimizer.zero_grad)
+            self._undo = stack.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._optimizer.zero_grad()
-        self._policy.denoiser = self._accelerator.unwrap_model(
-            self._policy.denoiser, keep_fp32_wrapper=False
-        )
-        if self._owns_state and self._accelerator.num_processes == 1:
-            # accelerate keeps its settings per process; the next run may want others.
-            AcceleratorState._reset_state(reset_partial_state=True)
+        self._undo.close()
+
+    def _in_float32(self, module: nn.Module) -> bool:
+        whole = all(p.dtype == torch.float32 for p in module.parameters() if p.is_floating_point())
+        return whole and self._options.mixed_precision == "no"
+
+    def _fill(self, stack: ExitStack, slot: str, *, for_training: bool) -> None:
+        """Put the prepared module into a slot of the policy, until the stack unwinds."""
+
+        def empty() -> None:
+            module = getattr(self._policy, slot)
+            bare = self._accelerator.unwrap_model(module, keep_fp32_wrapper=False)
+            setattr(self._policy, slot, bare)
+
+        stack.callback(empty)
+        module = getattr(self._policy, slot)
+        prepared = self._accelerator.prepare_model(module, evaluation_mode=not for_training)
+        setattr(self._policy, slot, prepared)
 
     @property
     def device(self) -> torch.device:
@@ -154,6 +174,17 @@ class Machinery:
             group.update(_hyperparameters(self._options))
         if self._accelerator.scaler is not None and checkpoint.state["scaler"]:
             self._accelerator.scaler.load_state_dict(checkpoint.state["scaler"])
+
+
+def _accelerator(stack: ExitStack, options: TrainOptions, *, on_cpu: bool) -> Accelerator:
+    owns_state = not AcceleratorState._shared_state
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision, cpu=on_cpu, gradient_accumulation_steps=1
+    )
+    if owns_state and accelerator.num_processes == 1:
+        # accelerate keeps its settings per process; the next run may want others.
+        stack.callback(AcceleratorState._reset_state, reset_partial_state=True)
+    return accelerator
 
 
 def _hyperparameters(options: TrainOptions) -> dict[str, Any]:

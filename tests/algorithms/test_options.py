@@ -39,6 +39,7 @@ SMALL: dict[str, Any] = {
         ({"clip_range": 1e-7}, "clip_range: 1e-07 (mean) is under ten float32 steps from 1"),
         ({"clip_range": 1.6}, "for a range in nats set clip_unit"),
         ({"clip_unit": "meen"}, "clip_unit: must be one of mean, nats, not 'meen'"),
+        ({"samples_per_prompt": 1, "advantages": "group"}, "or global"),
         ({"advantages": "groups"}, "did you mean group ?"),
     ],
 )
@@ -60,6 +61,20 @@ def test_batches_that_do_not_divide_show_the_arithmetic_and_the_nearest_that_do(
         f"train_batch_size: 4 prompts x 3 samples = 12 samples do not split into batches of {size}"
         f"\n    nearest that do: {near}"
     )
+
+
+def test_one_sample_alone_is_compared_with_nothing() -> None:
+    alone: dict[str, Any] = {
+        "prompts_per_iteration": 1,
+        "samples_per_prompt": 1,
+        "train_batch_size": 1,
+    }
+    for kind in ("group", "global"):
+        with pytest.raises(OptionError, match="nothing to compare") as caught:
+            DDPOOptions(**alone, advantages=kind)
+        assert "or global" not in caught.value.fix and "advantages" in caught.value.reads
+    DDPOOptions(**alone, advantages="prompt")
+    DDPOOptions(**{**SMALL, "samples_per_prompt": 1}, advantages="global")
 
 
 counts = st.integers(min_value=1, max_value=6)

@@ -166,6 +166,26 @@ def test_rounding_is_cured_and_faults_are_not() -> None:
 def test_lower_precision_is_held_to_the_clip_range_instead() -> None:
     assert decide([9e-6], is_float32=False) == "sampled"
     assert decide([1e-2], is_float32=False) == "replayed"
+    assert decide([0.3], is_float32=False, reduction="sum") == "replayed"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("is_float32", [True, False])
+@pytest.mark.parametrize("dimensions", [4, 256, 10_000_000])
+def test_what_is_not_finite_is_refused_in_any_precision(
+    reduction: str, is_float32: bool, dimensions: int
+) -> None:
+    for bad in (float("inf"), float("nan")):
+        with pytest.raises(UserError, match="more than rounding explains"):
+            decide([bad], reduction=reduction, is_float32=is_float32, dimensions=dimensions)
+
+
+def test_lower_precision_has_faults_too() -> None:
+    for wish in ("auto", "sampled", "replayed"):
+        with pytest.raises(UserError, match="more than rounding explains"):
+            decide([0.2], is_float32=False, wish=wish)
+    # A bound below the bar would forbid what the bar allows.
+    assert decide([0.08], is_float32=False, clip_range=0.9) == "sampled"
 
 
 def test_deviation_ignores_untrained_pairs_and_fears_lost_ones() -> None:

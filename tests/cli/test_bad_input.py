@@ -177,7 +177,26 @@ BEFORE_TORCH: Mapping[str, Case] = {
         "score pictures --reward taste --out pictures",
         ["pictures: this is a folder; a file is needed"],
     ),
-    "a run into a file": ("train c.yaml output=p.txt/run", ["p.txt/run: cannot write here"]),
+    "a run into a file": (
+        "train c.yaml output=p.txt/run",
+        ["p.txt: this is a file; a folder is needed", "choose another folder with output="],
+    ),
+    "a seed that no generator takes": (
+        f"train c.yaml seed={10**20}",
+        [f"seed  must lie in [0, 2**63 - 1], not {10**20}"],
+    ),
+    "targets beside a LoRA to go on from": (
+        "train c.yaml lora.path=lora lora.alpha=4 lora.targets=[to_q]",
+        ["lora.alpha  is that of the LoRA in lora", "leave alpha or path out"],
+    ),
+    "pictures among others": (
+        "sample model --prompts p.txt --out pictures",
+        ["pictures: this folder is not empty", "--overwrite"],
+    ),
+    "an unknown dtype": (
+        "sample model --prompts p.txt --out o --dtype flaot16",
+        ["dtype: must be one of float32", "did you mean float16 ?"],
+    ),
     "neither a LoRA nor a model": (
         "compare model --tuned pictures --prompts p.txt --reward taste --out o",
         ["pictures: this folder holds no LoRA weights and no model"],

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from diffusion_align import assemble
+from diffusion_align.assemble import run as loading_home
 from diffusion_align.errors import UserError
 
 Call = Callable[..., Any]
@@ -117,21 +118,33 @@ def test_an_existing_run_is_answered_with_both_commands(call: Call, tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_new_run_puts_the_old_one_aside(
-    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("command", [("train", "demo", "--new"), ("demo",)])
+def test_an_old_run_stays_where_it_is_when_the_new_one_cannot_be_loaded(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
-    def stopped(*args: object, **options: object) -> None:
+    def unloadable(*args: object, **options: object) -> None:
         raise UserError("far enough")
 
-    monkeypatch.setattr(assemble, "train_run", stopped)
+    monkeypatch.setattr(loading_home, "load_policy", unloadable)
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
-    for command in (("train", "demo", "--new"), ("demo",)):
-        done = call(*command)
-        assert done.exit_code == 2
-        assert "far enough" in done.stderr
-        assert "steps: " in (run / "config.yaml").read_text(encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    done = call(*command)
+    assert done.exit_code == 2
+    assert "far enough" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_new_run_puts_the_old_one_aside(call: Call, tmp_path: Path) -> None:
+    from diffusion_align.assemble.run import begin_run
+    from diffusion_align.config import load_config
+
+    run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
+    assert begin_run(load_config("demo"), new=True).path.resolve() == run
+    assert "steps: " in (run / "config.yaml").read_text(encoding="utf-8")
     kept = [path.parent for path in tmp_path.rglob("metrics.jsonl")]
     assert len(kept) == 1
     assert kept[0] != run
@@ -144,8 +157,9 @@ def test_resuming_tells_what_was_changed(
         raise UserError("far enough")
 
     monkeypatch.setattr(assemble, "train_run", stopped)
-    call("train", "demo")
     run = tmp_path / "runs" / "demo"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text(call("config", "--show", "demo").stdout, encoding="utf-8")
     (run / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
     same = call("train", run / "config.yaml", "--resume")
     assert "changed" not in same.stderr
@@ -167,7 +181,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / "runs" / "demo" / "config.yaml").mkdir(parents=True)
     done = call("train", "demo")
     assert done.exit_code == 2
-    assert "runs/demo/config.yaml: cannot be written (" in done.stderr
+    assert "runs/demo/config.yaml: this is a folder; a file is needed" in done.stderr
     # Permissions do not bind the superuser, whom tests may run as.
     monkeypatch.setattr(os, "access", lambda place, mode: not mode & os.W_OK)
     for words in (
@@ -177,6 +191,20 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(
         done = call(*words)
         assert done.exit_code == 2
         assert "pictures: cannot write here" in done.stderr
+
+
+def test_ctrl_c_while_loading_promises_nothing_of_the_run_that_was_there(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(assemble, "train_run", interrupted)
+    run = tmp_path / "runs" / "demo"
+    (run / "checkpoints" / "step_000004").mkdir(parents=True)
+    done = call("train", "demo", "--new")
+    assert done.exit_code == 130
+    assert "before the first checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize("saved", [True, False])

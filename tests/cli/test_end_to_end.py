@@ -62,6 +62,7 @@ def run(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = CliRunner().invoke(app, ["train", str(config), "--output", str(folder)])
     assert done.exit_code == 0, (done.stderr, done.exception)
     assert str(folder / "final") in done.stdout
+    assert f"report: {folder / 'final' / 'report.html'}" in done.stdout
     return folder
 
 
@@ -70,8 +71,10 @@ def test_a_run_folder_holds_what_was_promised(run: Path) -> None:
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4]
     assert "reward/mean" in rows[1]
     assert "heldout/incompressibility" in rows[0]
-    for name in ("config.yaml", "env.json", "samples/step_000000/grid.png", "final"):
+    for name in ("config.yaml", "env.json", "samples/step_000000/grid.png", "final/report.html"):
         assert (run / name).exists(), name
+    summary = json.loads((run / "final" / "summary.json").read_text())
+    assert (summary["trained_on"], summary["pairs"]) == (["compressibility"], 4)
 
 
 def test_the_recorded_config_is_the_resolved_one(run: Path, config: Path) -> None:
@@ -82,10 +85,84 @@ def test_the_recorded_config_is_the_resolved_one(run: Path, config: Path) -> Non
 
 
 def test_resuming_a_finished_run_adds_nothing(run: Path, call: Call) -> None:
-    before = (run / "metrics.jsonl").read_bytes()
+    files = [run / "metrics.jsonl", run / "final" / "report.html", run / "final" / "grid.png"]
+    before = [(path.read_bytes(), path.stat().st_mtime_ns) for path in files[:2]]
     done = call("train", run / "config.yaml", "--resume")
     assert done.exit_code == 0, (done.stderr, done.exception)
-    assert (run / "metrics.jsonl").read_bytes() == before
+    assert f"report: {files[1]}" in done.stdout
+    assert [path.read_bytes() for path in files[:2]] == [content for content, _ in before]
+    assert files[1].stat().st_mtime_ns == before[1][1]
+
+
+def test_a_tuned_model_is_drawn_as_its_run_was_evaluated_and_options_win(
+    run: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusion_align.assemble.pictures import Drawing, run_of
+    from diffusion_align.config import load_config
+    from diffusion_align.policy.tuned import find_tuned
+
+    changes = ["sampling.guidance_scale=3.5", "evaluation.eta=0.5", "model.dtype=bfloat16"]
+    changed = load_config(run / "config.yaml", [*changes, "model.revision=abc"])
+    drawn = Drawing().sampling(changed)
+    assert (drawn.steps, drawn.guidance_scale, drawn.eta) == (4, 3.5, 0.5)
+    given = Drawing(steps=9, guidance_scale=1.0, eta=0.0, dtype="float32")
+    won = given.sampling(changed)
+    assert (won.steps, won.guidance_scale, won.eta) == (9, 1.0, 0.0)
+    assert Drawing().loading(str(model), changed)["dtype"] == "bfloat16"
+    assert Drawing().loading(str(model), changed)["revision"] == "abc"
+    assert Drawing().loading("another", changed)["revision"] is None
+    assert given.loading(str(model), changed)["dtype"] == "float32"
+    bare = Drawing().sampling(None)
+    assert (bare.steps, bare.guidance_scale, bare.eta) == (None, None, 0.0)
+    assert run_of(find_tuned(run)) == load_config(run / "config.yaml")
+
+
+def test_sampling_gives_the_pictures_of_the_runs_own_report(
+    run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a bird\na fish\n", encoding="utf-8")
+    words = ("sample", model, "--lora", run, "--prompts", prompts, "--seeds", 2, "--out")
+    done = call(*words, tmp_path / "o", "--batch-size", 32)
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    for path in (run / "final" / "pictures" / "tuned").iterdir():
+        assert (tmp_path / "o" / path.name).read_bytes() == path.read_bytes()
+    # Pictures are replaced only when asked, and then none of the earlier ones stays.
+    prompts.write_text("a bird\n", encoding="utf-8")
+    refused = call(*words, tmp_path / "o")
+    assert refused.exit_code == 2
+    assert "not empty" in refused.stderr
+    assert len(list((tmp_path / "o").glob("*.png"))) == 4
+    (tmp_path / "o" / "mine.txt").touch()
+    assert call(*words, tmp_path / "o", "--overwrite").exit_code == 0
+    left = sorted(path.name for path in (tmp_path / "o").iterdir())
+    assert left == ["mine.txt", "p0000_s00.png", "p0000_s01.png", "prompts.jsonl"]
+
+
+def test_a_run_that_was_asked_not_to_compare_has_no_report(
+    config: Path, call: Call, tmp_path: Path
+) -> None:
+    short = ("train.steps=1", "train.sample_every=0", "--output", tmp_path / "r")
+    done = call("train", config, "--no-compare", *short)
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "the tuned model: " in done.stdout
+    assert "report" not in done.stdout
+    assert not (tmp_path / "r" / "final" / "report.html").exists()
+
+
+def test_a_lora_without_a_run_has_no_reward_that_is_called_held_out(
+    run: Path, model: Path, call: Call, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone.safetensors"
+    alone.write_bytes((run / "final" / "pytorch_lora_weights.safetensors").read_bytes())
+    done = call(
+        *("compare", model, "--tuned", alone, "--prompts", "small-world:heldout:1", "--steps", 1),
+        *("--seeds", 1, "--reward", "compressibility", "--out", tmp_path / "c"),
+    )
+    assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "not known which rewards" in done.stdout
+    assert "held-out" not in done.stdout
+    assert "held out" not in (tmp_path / "c" / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_tuned_model_draws_other_pictures_than_its_base(
@@ -138,7 +215,7 @@ def test_compare_asks_what_was_trained_on_where_the_run_cannot_tell(
 ) -> None:
     moved = tmp_path / "moved"
     (moved / "final").mkdir(parents=True)
-    for file in (run / "final").iterdir():
+    for file in (run / "final").glob("*.safetensors"):
         (moved / "final" / file.name).write_bytes(file.read_bytes())
     text = (run / "config.yaml").read_text(encoding="utf-8")
     text = text.replace("[a cat, a dog, a cow, a fox]", "gone.txt")
@@ -151,6 +228,7 @@ def test_compare_asks_what_was_trained_on_where_the_run_cannot_tell(
     assert "--trained-on" in done.stderr
     done = call(*words, *rest, "--trained-on", "compressibility")
     assert done.exit_code == 0, (done.stderr, done.exception)
+    assert "drawn with the model's own settings" in done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +337,11 @@ def test_the_demo_trains_compares_and_ends_with_its_report(
     ]
     # Going on leaves no report of the model as it was before.
     words = ("train", tmp_path / "demo" / "config.yaml", "--resume", "train.steps=2")
-    longer = call(*words)
+    longer = call(*words, "--no-compare")
     assert longer.exit_code == 0, (longer.stderr, longer.exception)
     assert (final / "pytorch_lora_weights.safetensors").is_file()
     assert not report.exists()
+    # What a comparison lacks is made up for when it is asked for, without any training.
+    again = call(*words, "evaluation.report=true", "evaluation.seeds=1")
+    assert again.exit_code == 0, (again.stderr, again.exception)
+    assert json.loads((final / "summary.json").read_text())["pairs"] == 2

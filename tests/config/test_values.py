@@ -141,6 +141,32 @@ def test_an_override_may_bring_a_section_back() -> None:
     assert config.lora.rank == 16
 
 
+def test_a_lora_that_goes_on_is_loaded_with_the_rank_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from diffusion_align.assemble import load_policy
+    from diffusion_align.policy import Policy
+
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(Policy, "load", lambda model, **how: asked.append({"model": model, **how}))
+    for overrides in (["lora.path=x", "lora.rank=4"], ["lora.path=x", "lora.rank=null"]):
+        load_policy(load_config("demo", overrides))
+    load_policy(load_config("demo", ["lora.rank=null"]))
+    assert [how["lora_rank"] for how in asked] == [4, None, 8]
+    assert [how.get("lora_path") for how in asked] == ["x", "x", None]
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_a_seed_may_be_as_large_as_torch_takes(seed: int) -> None:
+    assert load_config("demo", [f"seed={seed}"]).seed == seed
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**20, 10**400])
+def test_another_seed_is_refused_with_the_range(seed: int) -> None:
+    with pytest.raises(ConfigError, match=r"seed  must lie in \[0, 2\*\*63 - 1\]"):
+        load_config("demo", [f"seed={seed}"])
+
+
 def test_the_last_override_wins() -> None:
     assert load_config("demo", ["seed=1", "seed=2"]).seed == 2
 

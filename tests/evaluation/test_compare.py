@@ -308,3 +308,32 @@ def test_samplers_are_named_with_what_matters() -> None:
     assert sampler_name("flow", SamplingOptions(flow_kind="ode")) == "flow ODE"
     noisy = SamplingOptions(flow_kind="sde", noise_level=0.7)
     assert sampler_name("flow", noisy) == "flow SDE (noise level 0.7)"
+
+
+def test_without_word_of_the_training_no_reward_is_called_held_out(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    rewards = {"light": brightness()}
+    # the folder as text, as a person types it
+    found = compare(fake_policy(0.5), WORDS, rewards=rewards, seeds=2, output=str(tmp_path / "a"))
+    assert found.folder == tmp_path / "a"
+    assert {result.role for result in found.results} == {"unknown", "diversity"}
+    assert any("not known which rewards" in note for note in found.notes)
+    assert not any("No held-out reward" in note for note in found.notes)
+    assert found.alarms == ()
+    assert found.summary()["trained_on"] == []
+    told = compare(
+        fake_policy(0.5), WORDS, rewards=rewards, trained_on=[], seeds=2, output=tmp_path / "b"
+    )
+    assert told.result("light").role == "held-out"
+    assert not any("not known" in note for note in told.notes)
+
+
+def test_no_prompt_is_a_formula_in_a_spreadsheet(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    nasty = ['=HYPERLINK("http://x","y")', "+1", "-1", "@SUM(A1)", "a = b"]
+    compare(fake_policy(), nasty, rewards={"light": brightness()}, seeds=1, output=tmp_path)
+    with (tmp_path / "scores.csv").open(encoding="utf-8", newline="") as file:
+        written = {row["prompt"] for row in csv.DictReader(file)}
+    assert written == {*(f"'{text}" for text in nasty[:4]), "a = b"}

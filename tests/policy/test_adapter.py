@@ -240,6 +240,11 @@ def test_a_lora_is_drawn_from_its_seed_and_nothing_global(folders: dict[str, Pat
     assert torch.equal(before, torch.random.get_rng_state())
 
 
+def test_a_seed_of_any_size_draws_a_lora(folders: dict[str, Path]) -> None:
+    for seed in (10**20, -3):
+        assert Policy.load(folders["eps"], lora_rank=2, seed=seed).trainable_parameters()
+
+
 def test_targets_can_be_named_and_are_remembered(folders: dict[str, Path], tmp_path: Path) -> None:
     policy = Policy.load(folders["eps"], lora_rank=2, lora_targets=["to_k", "conv_in"])
     disturb(policy)

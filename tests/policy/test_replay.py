@@ -314,3 +314,34 @@ def test_a_size_that_does_not_fit_names_the_nearest(frozen: dict[str, Policy]) -
         policy.encode(["a", "b"], negative_prompts=["c"], guidance_scale=2.0)
     with pytest.raises(UserError, match="2000 steps"):
         policy.schedule(2000)
+
+
+def test_guidance_may_be_left_to_the_model_and_be_given_by_position(
+    frozen: dict[str, Policy],
+) -> None:
+    policy = frozen["eps"]
+    own = policy.info.guidance_scale
+    assert own > 1.0
+    cond = policy.encode(["a", "b"])
+    assert cond.guided
+    x = policy.initial_noise(torch.randn(2, *policy.latent_shape()))
+    moment = torch.tensor(501.0)
+    given = policy.predict(x, moment, cond, own)
+    assert torch.equal(given, policy.predict(x, moment, cond, guidance_scale=own))
+
+
+def test_a_prompt_beyond_the_text_encoder_is_named_once_with_the_limit(
+    folders: dict[str, Path], recwarn: pytest.WarningsRecorder, capfd: pytest.CaptureFixture[str]
+) -> None:
+    policy = Policy.load(folders["eps"])
+    long = "a red circle " * 40
+    for scale in (1.0, 2.0):
+        policy.encode(["a cat", long], negative_prompts=["", "blue " * 60], guidance_scale=scale)
+    said = [str(warning.message) for warning in recwarn if warning.category is UserWarning]
+    assert len(said) == 2
+    assert said[0].startswith("prompt 'a red circle a red circle")
+    assert "the text encoder reads 77" in said[0]
+    assert "prompt 'blue " in said[1]
+    assert all("\n" not in line for line in said)
+    # diffusers and transformers, which would print all of what is cut, say nothing
+    assert "truncated" not in "".join(capfd.readouterr())

@@ -131,6 +131,25 @@ def test_preprocessing_is_open_clips_up_to_one_level(photo) -> None:  # type: ig
         assert (exact - theirs).abs().mean() < 1e-4, shape
 
 
+def test_parity_mode_scores_what_open_clips_own_pipeline_does(  # type: ignore[no-untyped-def]
+    photo, reference: Any, head_tensors: Any
+) -> None:
+    plain = reward(reference, head_tensors, torch.float32)
+    exact = AestheticReward(plain.info, plain.tower, plain.head, round_to_uint8=True)
+    transform = open_clip.image_transform(32, is_train=False)
+    pixels = [photo(64, 64, seed=seed) for seed in range(4)]
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        theirs = plain.score_embeddings(
+            reference.encode_image(torch.stack([transform(Image.fromarray(p)) for p in pixels]))
+        )
+        error, parity_error = (
+            (scorer.score(images, [""] * 4).values - theirs).abs().max()
+            for scorer in (plain, exact)
+        )
+    assert parity_error < error / 3
+
+
 def test_the_sparse_token_table_becomes_dense(assets: Path, reference: Any) -> None:
     table = load_tower("tiny-clip").model.token_embedding.weight
     full = reference.token_embedding.weight

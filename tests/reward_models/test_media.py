@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from reward_models.base import RewardError
-from reward_models.media import read_image
+from reward_models.media import read_image, to_uint8
 
 
 def test_pixels_are_exact_multiples_of_a_level(tmp_path: Path, photo) -> None:  # type: ignore[no-untyped-def]
@@ -135,3 +135,15 @@ def test_real_photographs_are_read(published, name: str) -> None:  # type: ignor
         expected = np.asarray(image.convert("RGB"))
     pixels = (read_image(path) * 255).round().byte().permute(1, 2, 0).numpy()
     assert np.array_equal(pixels, expected)
+
+
+def test_every_level_survives_the_way_to_uint8_and_halves_go_to_even() -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(levels.float() / 255), levels)
+    assert torch.equal(to_uint8(levels), levels)
+    halves = torch.tensor([0.5, 1.5, 2.5, 127.5], dtype=torch.float32) / 255
+    assert to_uint8(halves).tolist() == (halves.numpy() * 255).round().tolist()
+    # Pixels just below half a level: adding 0.5 in float32 would lift them to the next.
+    assert to_uint8(torch.tensor([0.49999997 / 255])).item() == 0
+    odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.2, -0.3])
+    assert to_uint8(odd).tolist() == [0, 255, 0, 255, 0]

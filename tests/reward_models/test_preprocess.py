@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reward_models.media import read_image
+from reward_models.media import read_image, to_uint8
 from reward_models.preprocess import (
     CLIP_MEAN,
     CLIP_STD,
@@ -17,7 +17,6 @@ from reward_models.preprocess import (
     normalise,
     resize_bicubic,
     shortest_edge_crop,
-    to_uint8,
 )
 
 LEVEL = 1 / 255

@@ -88,14 +88,14 @@ def test_a_nan_score_is_null_and_says_whose(folder: Path) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("kept", range(7))
-@pytest.mark.parametrize("tail", ["", '{"path": "pictures/0.p', "{}{}"])
+@pytest.mark.parametrize("tail", ["", '{"path": "pictures/0.p', "}\0{"])
 def test_a_killed_run_goes_on_to_the_same_file(
     folder: Path, tmp_path: Path, batch_size: int, kept: int, tail: str
 ) -> None:
     images, whole, part = find_images([folder]), tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     score_files(images, rewards(), out=whole, batch_size=batch_size)
     lines = whole.read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:kept]) + tail)
+    part.write_text("".join(lines[:kept]) + (tail if kept or tail.startswith("{") else ""))
     again = score_files(images, rewards(), out=part, batch_size=batch_size)
     assert part.read_bytes() == whole.read_bytes()
     assert [row.as_json() + "\n" for row in again] == lines
@@ -152,6 +152,103 @@ def test_a_foreign_file_is_not_continued(
     with pytest.raises(RewardError, match=message):
         score_files(find_images([folder]), rewards(), out=out)
     assert out.read_bytes() == content
+
+
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0"
+FOREIGN_ROW = b'{"path": "a.png", "prompt": "a", "scores": {"hps": 1.0}, "error": null}'
+
+
+@pytest.mark.parametrize("rows", [0, 2])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        b'{"my": "data"}',
+        b'{"path": "0.png", "prompt": "a list of prompts"}',
+        FOREIGN_ROW,
+        FOREIGN_ROW + b"\n" + FOREIGN_ROW[:20],
+        b"first line\nlast line",
+        b"[1, 2]",
+        b'{"my": "da\nta"',
+        PNG,
+    ],
+)
+def test_a_foreign_file_keeps_every_byte(
+    folder: Path, tmp_path: Path, foreign: bytes, rows: int
+) -> None:
+    out, images = tmp_path / "out.jsonl", find_images([folder])
+    score_files(images[:rows], rewards(), out=out)
+    content = (out.read_bytes() if rows else b"") + foreign
+    out.write_bytes(content)
+    with pytest.raises(RewardError, match=r"out\.jsonl(:\d)?: "):
+        score_files(images, rewards(), out=out)
+    assert out.read_bytes() == content
+
+
+@pytest.mark.parametrize("foreign", [b"one line", b"\x89PNG", b'{"my": "da', b"{"])
+def test_an_unfinished_line_alone_must_begin_like_a_row(
+    folder: Path, tmp_path: Path, foreign: bytes
+) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_bytes(foreign)
+    with pytest.raises(RewardError, match="not a row of scores") as caught:
+        score_files(find_images([folder]), rewards(), out=out)
+    assert "another file" in str(caught.value)
+    assert out.read_bytes() == foreign
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_a_repaired_image_gets_its_score_in_its_old_place(
+    folder: Path, tmp_path: Path, batch_size: int
+) -> None:
+    out, images = tmp_path / "out.jsonl", find_images([folder])
+    table = {"brightness": rewards()["brightness"]}
+    score_files(images, table, out=out, batch_size=batch_size)
+    before = out.read_bytes()
+    again = score_files(images, table, out=out, batch_size=batch_size)
+    assert out.read_bytes() == before and sum(bool(row.error) for row in again) == 1
+    (folder / "5.png").write_bytes((folder / "1.png").read_bytes())
+    repaired = score_files(images, table, out=out, batch_size=batch_size)
+    assert all(row.error is None for row in repaired)
+    lines, old = out.read_bytes().splitlines(), before.splitlines()
+    assert [index for index in range(7) if lines[index] != old[index]] == [5]
+    whole = tmp_path / "whole.jsonl"
+    score_files(images, table, out=whole, batch_size=batch_size)
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "out.jsonl",
+        "pictures",
+        "whole.jsonl",
+    ]
+
+
+def test_a_row_without_a_score_is_tried_again(folder: Path, tmp_path: Path) -> None:
+    out, images = tmp_path / "out.jsonl", [folder / "0.png", folder / "1.png"]
+
+    def blind(media: Tensor, prompts: Sequence[str]) -> list[float]:
+        return [float("nan") if prompt == "dark" else 1.0 for prompt in prompts]
+
+    prompts = {images[0]: "dark", images[1]: "light"}
+    for _ in range(2):
+        rows = score_files(images, {"r": FunctionReward(blind)}, prompts=prompts, out=out)
+        assert [row.error for row in rows] == ["could not be scored by r", None]
+        assert len(rows_of(out)) == 2
+    seeing = FunctionReward(lambda media, texts: [2.0] * len(texts))
+    score_files(images, {"r": seeing}, prompts=prompts, out=out)
+    assert [row["scores"]["r"] for row in rows_of(out)] == [2.0, 1.0]
+
+
+def test_an_interrupted_run_keeps_what_was_repaired(folder: Path, tmp_path: Path) -> None:
+    out, images = tmp_path / "out.jsonl", find_images([folder])
+    score_files(images, rewards(), out=out, batch_size=1)
+    (folder / "5.png").write_bytes((folder / "1.png").read_bytes())
+
+    def stop(done: int, total: int) -> None:
+        if done == 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        score_files(images, rewards(), out=out, batch_size=1, progress=stop)
+    assert [row["error"] for row in rows_of(out)] == [None] * 7
 
 
 def test_odd_prompts_survive_the_file(folder: Path, tmp_path: Path) -> None:

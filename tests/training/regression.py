@@ -67,6 +67,9 @@ class Regression:
     def describe(self) -> list[str]:
         return ["regression"]
 
+    def record(self) -> dict[str, Any]:
+        return {"trained_on": ["nearness"], "prompts": []}
+
     def minibatch_count(self) -> int:
         return 4
 

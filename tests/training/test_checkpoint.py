@@ -163,3 +163,36 @@ def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, make(2), keep=2)
     save_checkpoint(tmp_path, make(2), keep=2)
     assert names(tmp_path) == ["step_000002"]
+
+
+def test_every_file_is_on_the_disk_before_the_name_and_the_name_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut needs: contents flushed, then the rename, then the folder that holds it."""
+    events: list[tuple[str, str]] = []
+    paths: dict[int, str] = {}
+    plain_open, plain_sync, plain_rename = os.open, os.fsync, os.rename
+
+    def opening(path: Any, *rest: Any, **options: Any) -> int:
+        descriptor = plain_open(path, *rest, **options)
+        paths[descriptor] = str(path)
+        return descriptor
+
+    def syncing(descriptor: int) -> None:
+        events.append(("sync", paths.get(descriptor, "?")))
+        plain_sync(descriptor)
+
+    def renaming(source: Any, target: Any) -> None:
+        events.append(("rename", str(target)))
+        plain_rename(source, target)
+
+    monkeypatch.setattr(os, "open", opening)
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    target = save_checkpoint(tmp_path, make(2), keep=1)
+    renamed = events.index(("rename", str(target)))
+    writing = tmp_path / ".writing-step_000002"
+    flushed = {path for kind, path in events[:renamed] if kind == "sync"}
+    assert flushed == {str(writing), *(str(writing / name) for name in names(target))}
+    if os.name == "posix":
+        assert events[renamed + 1 :] == [("sync", str(tmp_path))]

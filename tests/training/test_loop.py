@@ -212,6 +212,98 @@ def test_a_run_that_stops_inside_an_iteration_resumes_exactly(
     assert same(straight, cut)
 
 
+def test_steps_inside_an_iteration_are_announced_and_repeated_at_most_once(
+    regression: ModuleType, tmp_path: Path
+) -> None:
+    """Even where checkpoints are only asked for at the end."""
+
+    class Screen(Notebook):
+        def start(self, **told: Any) -> None:
+            self.messages += told["lines"]
+
+    options = replace(OPTIONS, checkpoint_every=0, steps=7)
+    notes, again = Screen(), Notebook()
+    run(regression.Regression(), tmp_path / "run", options=options, reporter=notes)
+    assert any("7 steps are 3 iterations of 2 and 1 more" in m for m in notes.messages)
+    assert any("train.steps=6 or 8" in m for m in notes.messages)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_000006"]
+    report = tmp_path / "run" / "final" / "report.html"
+    report.write_text("made afterwards")
+    repeated = regression.Regression()
+    run(repeated, tmp_path / "run", options=options, resume=True, reporter=again)
+    assert repeated.collected == 4 and "resumed at step 6, iteration 3" in again.messages
+    assert report.exists()  # the same weights came out of it
+    run(regression.Regression(), tmp_path / "even", reporter=(notes := Screen()))
+    assert not any("iterations of" in message for message in notes.messages)
+
+
+def test_a_run_that_goes_on_puts_the_earlier_report_aside(
+    regression: ModuleType, tmp_path: Path
+) -> None:
+    run(regression.Regression(), tmp_path / "run", steps=4)
+    (tmp_path / "run" / "final" / "report.html").write_text("of step 4")
+    notes = Notebook()
+    run(regression.Regression(), tmp_path / "run", resume=True, reporter=notes)
+    assert (tmp_path / "run" / "final.old-1" / "report.html").read_text() == "of step 4"
+    assert [p.name for p in (tmp_path / "run" / "final").iterdir()] == ["w.safetensors"]
+    assert any("final.old-1" in message for message in notes.messages)
+
+
+@pytest.mark.parametrize("error", [ValueError("the judge is down"), UserError("no score")])
+def test_an_error_while_collecting_loses_nothing(
+    regression: ModuleType, tmp_path: Path, error: Exception
+) -> None:
+    straight = regression.Regression()
+    expected = run(straight, tmp_path / "straight", options=replace(OPTIONS, checkpoint_every=0))
+
+    def fail(place: str) -> None:
+        if place == "collect" and broken.collected == 3:
+            torch.rand(5)  # what was drawn before the error must not count
+            broken.collected = 99
+            raise error
+
+    notes, options = Notebook(), replace(OPTIONS, checkpoint_every=0)
+    broken = regression.Regression(event=fail)
+    with pytest.raises(type(error), match=str(error)):
+        run(broken, tmp_path / "run", options=options, reporter=notes)
+    saved = tmp_path / "run" / "checkpoints" / "step_000006"
+    assert saved.exists()
+    assert any(str(saved) in m and "--resume" in m for m in notes.messages)
+    resumed = regression.Regression()
+    result = run(resumed, tmp_path / "run", options=options, resume=True)
+    assert same(straight, resumed) and timeless(result) == timeless(expected)
+
+
+def test_the_error_outlives_a_save_that_fails(
+    regression: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(place: str) -> None:
+        if place == "collect" and broken.collected == 1:
+            raise ValueError("the judge is down")
+
+    def full(*args: Any, **options: Any) -> None:
+        raise UserError("could not be written (no space)")
+
+    monkeypatch.setattr("diffusion_align.training.loop.save_checkpoint", full)
+    notes, broken = Notebook(), regression.Regression(event=fail)
+    options = replace(OPTIONS, checkpoint_every=0)
+    with pytest.raises(ValueError, match="the judge is down"):
+        run(broken, tmp_path / "run", options=options, reporter=notes)
+    assert any("could not be saved" in message for message in notes.messages)
+
+
+def test_an_error_before_anything_was_learnt_saves_nothing(
+    regression: ModuleType, tmp_path: Path
+) -> None:
+    def fail(place: str) -> None:
+        raise ValueError("the judge is down")
+
+    notes = Notebook()
+    with pytest.raises(ValueError, match="the judge is down"):
+        run(regression.Regression(event=fail), tmp_path / "run", reporter=notes)
+    assert not (tmp_path / "run" / "checkpoints").exists() and notes.messages == []
+
+
 def test_what_is_changed_for_a_resumed_run_is_what_it_runs_with(
     regression: ModuleType, tmp_path: Path
 ) -> None:
@@ -291,6 +383,7 @@ def test_files_have_their_names_and_rows_their_shape(
         "env.json",
         "final",
         "metrics.jsonl",
+        "run.json",
         "samples",
     ]
     assert (result.folder / "final" / "w.safetensors").exists()
@@ -308,6 +401,22 @@ def test_files_have_their_names_and_rows_their_shape(
         }
         assert row["error_max"] >= row["loss"]
     assert result.metrics["step"] == 4
+
+
+def test_a_run_says_what_it_was_trained_on(toy: ModuleType, tmp_path: Path) -> None:
+    algorithm = DDPO(
+        toy.ToyPolicy(),
+        toy.Brightness(),
+        ["a", "bü"],
+        options=DDPOOptions(prompts_per_iteration=2, samples_per_prompt=4, clip_range=0.1),
+        sampling=SamplingOptions(steps=3, guidance_scale=1.0),
+    )
+    result = run(algorithm, tmp_path / "run", options=replace(OPTIONS, steps=1, accumulation=1))
+    assert json.loads((result.folder / "run.json").read_text(encoding="utf-8")) == {
+        "algorithm": "ddpo",
+        "trained_on": ["brightness"],
+        "prompts": ["a", "bü"],
+    }
 
 
 def test_pictures_and_held_out_scores_come_at_step_0_every_n_and_the_end(
