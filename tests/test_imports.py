@@ -18,7 +18,7 @@ PACKAGES = ("diffusion_align", "reward_models")
 # nothing else of ours; an entry admits everything below it. Every import counts: at the top, inside
 # a function, for types only. `errors` and `ranges` are leaves without imports of weight: any room
 # but `diffusion` may use them.
-LEAVES = ("diffusion_align.errors", "diffusion_align.ranges")
+LEAVES = ("diffusion_align.errors", "diffusion_align.ranges", "diffusion_align.tf32")
 ALLOWED: dict[str, tuple[str, ...]] = {
     # torch only: pure tensor mathematics
     "diffusion_align.diffusion": (),
@@ -71,6 +71,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "diffusion_align.errors": (),
     "diffusion_align.ranges": (),
+    "diffusion_align.tf32": (),
     # the top: these see everything
     "diffusion_align.assemble": PACKAGES,
     "diffusion_align.commands": PACKAGES,

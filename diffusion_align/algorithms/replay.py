@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.algorithms import tf32
+from diffusion_align import tf32
 from diffusion_align.diffusion.transitions import Reduction
 from diffusion_align.errors import UserError
 from diffusion_align.policy.adapter import TrainingDropout

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
-from diffusion_align.algorithms import tf32
+from diffusion_align import tf32
 from diffusion_align.algorithms.base import Algorithm
 from diffusion_align.errors import UserError
 from diffusion_align.training.checkpoint import Checkpoint

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from diffusion_align import Policy
-from diffusion_align.algorithms import tf32
+from diffusion_align import Policy, tf32
 from diffusion_align.algorithms.ddpo import DDPO
 from diffusion_align.algorithms.options import DDPOOptions
 from diffusion_align.algorithms.untouched import Untouched, rounding_warning

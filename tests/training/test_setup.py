@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from diffusion_align.algorithms import tf32
+from diffusion_align import tf32
 from diffusion_align.algorithms.base import Needs
 from diffusion_align.reporting.console import Quiet
 from diffusion_align.training.loop import train
