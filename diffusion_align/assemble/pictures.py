@@ -137,8 +137,13 @@ def compare_pictures(
     from diffusion_align.policy import Policy
 
     run = run_of(tuned, needed=trained_on is None)
+    known = [prompt.text for prompt in training_prompts(run)] if run else []
     if trained_on is None and run:
         trained_on = [run.reward]
+    elif run is None and (record := record_of(tuned)):
+        # A run started from Python has no config, but says what it learnt from.
+        trained_on = record["trained_on"] if trained_on is None else trained_on
+        known = record["prompts"]
     how = drawing.loading(model, run)
     base = Policy.load(model, **how) if tuned.whole else None
     policy = load_tuned(model, tuned, **how)
@@ -153,7 +158,7 @@ def compare_pictures(
         sampling=drawing.sampling(run),
         run_seed=drawing.seed,
         tuned_name=str(tuned.folder),
-        training_prompts=[prompt.text for prompt in training_prompts(run)] if run else [],
+        training_prompts=known,
         base=base,
         overwrite=overwrite,
         progress=progress,
@@ -184,6 +189,21 @@ def score_pictures(
         batch_size=batch_size,
         progress=progress,
     )
+
+
+def record_of(tuned: Tuned) -> dict[str, list[str]] | None:
+    """`trained_on` and `prompts` of the run that wrote `tuned`, from its run.json; None without."""
+    import json
+
+    for folder in (tuned.folder, tuned.folder.parent):
+        try:
+            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+            return {
+                name: [str(word) for word in record[name]] for name in ("trained_on", "prompts")
+            }
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return None
 
 
 def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:

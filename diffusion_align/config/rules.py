@@ -84,6 +84,20 @@ def _accumulation(sections: Mapping[str, Any]) -> Iterator[Finding]:
         yield "train.accumulation", error.what, error.fix
 
 
+def _dropout(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from diffusion_align.algorithms import catalogue
+
+    lora, algorithm = sections["lora"], sections.get(ALGORITHM)
+    if lora is None or algorithm is None or lora.dropout == 0:
+        return
+    if catalogue.resolve(algorithm.name).needs.trajectory:
+        yield (
+            "lora.dropout",
+            f"{algorithm.name} trains on exact likelihoods, which dropout would change",
+            "set lora.dropout=0",
+        )
+
+
 def _asked(key: str, question: Callable[[], object]) -> Iterator[Finding]:
     """What another room answers to `question`, as a finding where it refuses."""
     try:
@@ -123,5 +137,6 @@ RULES = (
     Rule(("prompts.source",), _prompts),
     Rule(("evaluation.prompts",), _held_out_prompts),
     Rule(("seed",), _seed),
+    Rule(("lora.dropout",), _dropout),
     Rule((*_MINIBATCHES, "train.accumulation"), _accumulation),
 )

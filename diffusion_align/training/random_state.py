@@ -23,7 +23,7 @@ def borrowed(seed: int) -> Iterator[None]:
     try:
         random.seed(seed)
         np.random.seed(seed % 2**32)
-        torch.manual_seed(seed)
+        torch.manual_seed(seed % 2**63)  # torch takes no larger one
         yield
     finally:
         restore(before)

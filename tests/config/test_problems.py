@@ -353,3 +353,8 @@ def test_copying_never_overwrites(tmp_path: Path) -> None:
     assert copy_config("demo", tmp_path) == tmp_path / "demo.yaml"
     with pytest.raises(UserError, match="cannot be written"):
         copy_config("demo", tmp_path / "absent" / "mine.yaml")
+
+
+def test_dropout_is_refused_where_likelihoods_are_trained_on(tmp_path: Path) -> None:
+    text = report(tmp_path, SMALLEST + "lora:\n  dropout: 0.1\n")
+    assert re.search(r":9  lora\.dropout  ddpo trains on exact likelihoods", text)

@@ -33,7 +33,7 @@ def test_what_leaves_the_run_the_same_run_is_allowed_and_listed(change: str) -> 
         "model.id=sd15",
         "model.dtype=bfloat16",
         "lora.rank=5",
-        "lora.dropout=0.1",
+        "lora.alpha=7",
         "lora=null",
         "prompts.source=animals",
         "prompts.negative=blurred",
