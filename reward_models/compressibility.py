@@ -56,8 +56,10 @@ def jpeg_bytes(image: Image.Image) -> int:
 
 
 def load_compressibility(row: Row, options: LoadOptions) -> JpegSizeReward:
+    """Build ``compressibility``: small files score high."""
     return JpegSizeReward(row.info, sign=-1)
 
 
 def load_incompressibility(row: Row, options: LoadOptions) -> JpegSizeReward:
+    """Build ``incompressibility``: large files score high."""
     return JpegSizeReward(row.info, sign=+1)

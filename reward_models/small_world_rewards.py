@@ -75,10 +75,12 @@ class SmallWorldReward:
 
 
 def load_verifier(row: Row, options: LoadOptions) -> SmallWorldReward:
+    """Build ``verifier``: the share of the caption's claims that hold."""
     return SmallWorldReward(row.info, _verify, headline="per_claim")
 
 
 def load_taste(row: Row, options: LoadOptions) -> SmallWorldReward:
+    """Build ``taste``: the written truth about a small-world picture."""
     return SmallWorldReward(row.info, _taste, headline="total")
 
 
