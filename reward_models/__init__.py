@@ -25,30 +25,37 @@ if TYPE_CHECKING:
         require_gradient,
     )
     from reward_models.catalogue import load, names
+    from reward_models.inputs import Item, find_images, find_items, read_prompts
     from reward_models.media import read_image
     from reward_models.plugin import FunctionReward
     from reward_models.rows import ScoredFile
-    from reward_models.scoring import find_images, read_prompts, score_files
+    from reward_models.scoring import score_files
+    from reward_models.video.reward import FrameReward
 
 _HOMES = {
+    "FrameReward": "video.reward",
     "FunctionReward": "plugin",
+    "Item": "inputs",
     "Reward": "base",
     "RewardError": "base",
     "RewardInfo": "base",
     "ScoredFile": "rows",
     "Scores": "base",
     "check_scores": "base",
-    "find_images": "scoring",
+    "find_images": "inputs",
+    "find_items": "inputs",
     "load": "catalogue",
     "names": "catalogue",
     "read_image": "media",
-    "read_prompts": "scoring",
+    "read_prompts": "inputs",
     "require_gradient": "base",
     "score_files": "scoring",
 }
 
 __all__ = [
+    "FrameReward",
     "FunctionReward",
+    "Item",
     "Reward",
     "RewardError",
     "RewardInfo",
@@ -56,6 +63,7 @@ __all__ = [
     "Scores",
     "check_scores",
     "find_images",
+    "find_items",
     "load",
     "names",
     "read_image",

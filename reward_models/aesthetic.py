@@ -11,7 +11,7 @@ Widths are read from the file, so `tiny-aesthetic` (the ReLU layout on `tiny-cli
 class. Without activations v2 is exactly affine: w.f + 5.2366 with |w| = 17.996.
 
 Heads run in float32 and without dropout whatever the tower's dtype: bfloat16 costs up to 0.018
-points, and dropout left on adds noise of 0.145.
+points, and dropout left on adds noise of 0.145. A caller's `torch.autocast` does not reach them.
 
 Source: christophschuhmann/improved-aesthetic-predictor, LAION-AI/aesthetic-predictor. We differ in
 the resize (float, differentiable, within one uint8 level of Pillow's).
@@ -20,33 +20,32 @@ the resize (float, differentiable, within one uint8 level of Pillow's).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reward_models.backbones import ClipTower, load_tower
-from reward_models.base import (
-    RewardError,
-    RewardInfo,
-    Scores,
-    check_images,
-    finite_items,
-    spread,
-)
-from reward_models.catalogue import LoadOptions, Row
-from reward_models.preprocess import clip_pixels
+from reward_models.backbones import ReadOnce, load_tower, torch_device
+from reward_models.base import RewardError, RewardInfo, Scores, score_kept
+from reward_models.clip_tower import ClipTower, without_autocast
+from reward_models.table import LoadOptions, Row
 from reward_models.weights import load_strict, locate, read_tensors
+from reward_models.weights.layouts import recognise
 
 # Which entries of `layers` are linear; a gap holds dropout, or ReLU and dropout.
 _LINEAR = (0,)
 _LINEAR_MSE = (0, 2, 4, 6, 7)
 _RELU = (0, 3, 6, 9, 11)
 _DROPOUT = (0.2, 0.2, 0.1)
+_KEYS = {
+    _LINEAR: "weight and bias",
+    _LINEAR_MSE: "layers.{0,2,4,6,7}",
+    _RELU: "layers.{0,3,6,9,11}",
+}
+# The layout of each reward of the catalogue: what another layout scores is another reward.
+_LAYOUT = {"aesthetic": _LINEAR_MSE, "aesthetic-relu": _RELU, "aesthetic-v1": _LINEAR}
 
 
 class AestheticHead(nn.Module):
@@ -78,6 +77,9 @@ class AestheticHead(nn.Module):
         """[B, D] of length 1 to [B]."""
         scores: Tensor = self.layers(embeddings)
         return scores.squeeze(-1)
+
+
+HEADS_READ: ReadOnce[AestheticHead] = ReadOnce()
 
 
 class AestheticReward:
@@ -115,23 +117,15 @@ class AestheticReward:
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
         """Score float [B, 3, H, W] in [0, 1]; prompts are not looked at."""
-        check_images(media, prompts, self.info)
-        keep = finite_items(media)
-        # An empty batch is not worth a forward pass, and some kernels refuse one.
-        if not keep.any():
-            return Scores(spread(media.new_empty(0), keep))
-        images = media if keep.all() else media[keep]
-        values = self.score_embeddings(self.embed(images))
-        return Scores(spread(values.to(media.device), keep))
+
+        def judge(images: Tensor, texts: list[str], kept: list[int]) -> Tensor:
+            return self.score_embeddings(self.embed(images))
+
+        return score_kept(media, prompts, self.info, judge)
 
     def embed(self, images: Tensor) -> Tensor:
         """CLIP embeddings [B, D] of images [B, 3, H, W] in [0, 1], not normalised."""
-        pixels = clip_pixels(
-            images.to(self.tower.device),
-            self.tower.image_size,
-            round_to_uint8=self.round_to_uint8,
-        )
-        return self.tower.image_features(pixels)
+        return self.tower.embed(images, round_to_uint8=self.round_to_uint8)
 
     def score_embeddings(self, embeddings: Tensor) -> Tensor:
         """Scores [B] of CLIP image embeddings [B, D] of any length (they are normalised here)."""
@@ -139,16 +133,21 @@ class AestheticReward:
 
 
 def score_embeddings(head: AestheticHead, embeddings: Tensor) -> Tensor:
-    """head(f / |f|) for embeddings [B, D], computed in the head's dtype (float32)."""
+    """head(f / |f|) for embeddings [B, D], in the head's dtype (float32) even under autocast."""
     weight = next(head.parameters())
-    return head(F.normalize(embeddings.to(weight.device, weight.dtype), dim=-1))  # type: ignore[no-any-return]
+    with without_autocast(weight.device):
+        return head(F.normalize(embeddings.to(weight.device, weight.dtype), dim=-1))  # type: ignore[no-any-return]
 
 
-def head_from_tensors(tensors: Mapping[str, Tensor], path: Path) -> AestheticHead:
+def head_from_tensors(tensors: Mapping[str, Tensor], path: Path, reward: str = "") -> AestheticHead:
     """Build the head that a file's keys describe; float32, dropout off.
 
+    Args:
+        path: named in errors.
+        reward: a name of the catalogue, whose layout the file must have; "" takes any of the three.
+
     Raises:
-        RewardError: keys of no known layout, or widths that do not chain.
+        RewardError: keys of no known layout, or of another reward's, or widths that do not chain.
     """
     named = {f"layers.0.{k}" if k in ("weight", "bias") else k: v for k, v in tensors.items()}
     weights = {
@@ -157,11 +156,21 @@ def head_from_tensors(tensors: Mapping[str, Tensor], path: Path) -> AestheticHea
         if key.startswith("layers.") and key.endswith(".weight") and tensor.ndim == 2
     }
     indices = tuple(sorted(weights))
-    if indices not in (_LINEAR, _LINEAR_MSE, _RELU):
+    other = recognise(tensors)
+    looks = f"; it looks like {other}" if other else ""
+    if indices not in _KEYS:
         raise RewardError(
-            "is no aesthetic head: its keys have none of the three published layouts",
+            f"is no aesthetic head: its keys have none of the three published layouts{looks}",
             where=str(path),
-            fix="expected weight and bias, layers.{0,2,4,6,7} or layers.{0,3,6,9,11}",
+            fix=f"expected {', or '.join(_KEYS.values())}",
+        )
+    wanted = _LAYOUT.get(reward, indices)
+    if indices != wanted:
+        fits = next(known for known, layout in _LAYOUT.items() if layout == indices)
+        raise RewardError(
+            f"is no head of {reward}{looks}",
+            where=str(path),
+            fix=f"load it as {fits}; the keys of {reward} are {_KEYS[wanted]}",
         )
     widths = [weights[0].shape[1], *(weights[index].shape[0] for index in indices)]
     if widths[-1] != 1:
@@ -175,13 +184,14 @@ def load_aesthetic(row: Row, options: LoadOptions) -> AestheticReward:
     """The factory that the catalogue names; head and tower are read once per process."""
     if row.weights is None:
         raise ValueError(f"the row {row.info.name} names no head")
-    path = locate(row.weights, options.weights).resolve()
+    weights, name = row.weights, row.info.name
+    device = torch_device(options.device)
+
+    def read(path: Path) -> AestheticHead:
+        return head_from_tensors(read_tensors(path), path, name).to(device)
+
     # The head first: a damaged small file is found before gigabytes are read.
-    head = _head_once(path, str(torch.device(options.device)))
+    head = HEADS_READ.get(lambda: locate(weights, options.weights), (name, str(device)), read)
     tower = load_tower(row.tower, device=options.device, dtype=options.dtype, given=options.tower)
-    return AestheticReward(row.info, tower, head)
-
-
-@cache
-def _head_once(path: Path, device: str) -> AestheticHead:
-    return head_from_tensors(read_tensors(path), path).to(device)
+    exact = bool(row.settings["round_to_uint8"])
+    return AestheticReward(row.info, tower, head, round_to_uint8=exact)

@@ -5,7 +5,8 @@ raw scale that the scorer was published with; weighting and normalising happen e
 
 The NaN rule: an item that could not be scored (a NaN pixel, an unreadable picture) scores NaN.
 It never becomes a silent 0, and it is taken out *before* any arithmetic, because NaN x 0 is NaN
-in the gradient too. A misconfiguration (wrong shape, missing prompt, pixels of 0..255) raises.
+in the gradient too. A misconfiguration (wrong shape, pixels of 0..255, another number of prompts,
+a prompt that is no string) raises. A blank prompt is allowed: it is scored as the text "".
 
 This module imports torch only inside the functions that need it, so that the catalogue, the CLI
 and the config can use the names below without paying for it.
@@ -13,7 +14,7 @@ and the config can use the names below without paying for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -48,6 +49,8 @@ class RewardInfo:
 
     `range` is prose ("about 4 to 7"): published scales are observations, not bounds.
     `scope` is "group" for judges that must see all samples of one prompt together.
+    `components` names the rewards that a composite is made of, or the one that looks at a clip's
+    frames: whoever trains on the whole has trained on each of them.
     """
 
     name: str
@@ -58,6 +61,7 @@ class RewardInfo:
     source: str
     scope: Scope = "item"
     needs_prompt: bool = False
+    components: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,12 @@ class Scores:
     Args:
         values: float32 [B], higher is better; NaN marks an item that could not be scored.
         parts: name -> float32 [B], e.g. the terms that `values` is made of.
+        truncated: how many of the prompts were longer than the scorer reads, and were cut.
     """
 
     values: Tensor
     parts: Mapping[str, Tensor] = field(default_factory=dict)
+    truncated: int = 0
 
 
 class Reward(Protocol):
@@ -108,7 +114,39 @@ def check_scores(scores: Scores, count: int, name: str) -> Scores:
         key: _check_vector(part, count, name, f"parts[{key!r}]")
         for key, part in scores.parts.items()
     }
-    return Scores(values, parts)
+    return Scores(values, parts, scores.truncated)
+
+
+# What a scorer thinks of the items that can be scored: (media [K, ...], their K prompts, their
+# places in the batch) -> scores float [K], alone or with parts.
+Judge = Callable[[Any, list[str], list[int]], Any]
+
+
+def score_kept(media: Tensor, prompts: Sequence[str], info: RewardInfo, judge: Judge) -> Scores:
+    """The shell of every scorer: check the input, score the items without NaN, keep the places.
+
+    Args:
+        media: float [B, 3, H, W] in [0, 1]; clips [B, F, 3, H, W] where `info.modality` is video.
+        judge: never called without an item (some kernels refuse an empty batch).
+
+    Raises:
+        RewardError: media or prompts of another shape, range or number.
+    """
+    check = check_clips if info.modality == "video" else check_images
+    check(media, prompts, info)
+    keep = finite_items(media)
+    kept = keep.nonzero().flatten().tolist()
+    if not kept:
+        return Scores(spread(media.new_empty(0), keep))
+    # The very tensor where all are kept: scorers on one tower recognise it (`backbones.one_pass`).
+    whole = len(kept) == len(media)
+    answer = judge(media if whole else media[keep], [prompts[index] for index in kept], kept)
+    scores = answer if isinstance(answer, Scores) else Scores(answer)
+    return Scores(
+        spread(scores.values.to(media.device), keep),
+        {name: spread(part.to(media.device), keep) for name, part in scores.parts.items()},
+        scores.truncated,
+    )
 
 
 def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> None:
@@ -117,16 +155,31 @@ def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> Non
     Raises:
         RewardError: naming the reward and what was wrong.
     """
+    _check_media(media, prompts, info, "images", "[B, 3, H, W]", axes=4)
+
+
+def check_clips(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> None:
+    """Refuse media that are not B clips in [0, 1] with B prompts (NaN pixels are allowed).
+
+    Raises:
+        RewardError: naming the reward and what was wrong.
+    """
+    _check_media(media, prompts, info, "clips", "[B, F, 3, H, W]", axes=5)
+
+
+def _check_media(
+    media: Tensor, prompts: Sequence[str], info: RewardInfo, what: str, shape: str, *, axes: int
+) -> None:
     where = f"reward {info.name}"
-    fix = "images are float32 [B, 3, H, W] in [0, 1]"
+    fix = f"{what} are float32 {shape} in [0, 1]"
     if not hasattr(media, "is_floating_point") or not media.is_floating_point():
         kind = getattr(media, "dtype", type(media).__name__)
-        raise RewardError(f"images are {kind}", where=where, fix=fix)
-    if media.ndim != 4 or media.shape[1] != 3:
-        raise RewardError(f"images have the shape {list(media.shape)}", where=where, fix=fix)
-    if isinstance(prompts, str) or len(prompts) != len(media):
-        count = "one string" if isinstance(prompts, str) else f"{len(prompts)} prompts"
-        raise RewardError(f"{count} for {len(media)} images", where=where, fix="one prompt each")
+        raise RewardError(f"{what} are {kind}", where=where, fix=fix)
+    if media.ndim != axes or media.shape[-3] != 3:
+        raise RewardError(f"{what} have the shape {list(media.shape)}", where=where, fix=fix)
+    _check_prompts(prompts, f"{len(media)} {what}", len(media), where)
+    if len(media) and not media.numel():
+        raise RewardError(f"{what} have the shape {list(media.shape)}", where=where, fix=fix)
     if not media.numel():
         return
     # One pass settles nearly every batch. A NaN in it fails the comparison.
@@ -141,6 +194,21 @@ def check_images(media: Tensor, prompts: Sequence[str], info: RewardInfo) -> Non
         raise RewardError(
             f"pixels reach from {low:.3g} to {high:.3g} outside [0, 1]", where=where, fix=fix
         )
+
+
+def _check_prompts(prompts: Sequence[str], wanted: str, count: int, where: str) -> None:
+    if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
+        given = "one string" if isinstance(prompts, str) else type(prompts).__name__
+        raise RewardError(f"{given} for {wanted}", where=where, fix="give a list, one prompt each")
+    if len(prompts) != count:
+        raise RewardError(f"{len(prompts)} prompts for {wanted}", where=where, fix="one each")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise RewardError(
+                f"prompt {index} is {type(prompt).__name__}, not a string",
+                where=where,
+                fix='where there is no prompt, give ""',
+            )
 
 
 def finite_items(media: Tensor) -> Tensor:
@@ -173,8 +241,10 @@ def require_gradient(reward: Reward) -> Reward:
         RewardError: when the reward has no gradient.
     """
     if not reward.info.differentiable:
+        lacking = getattr(reward, "without_gradient", ())
+        because = f" (because of {', '.join(lacking)})" if lacking else ""
         raise RewardError(
-            "has no gradient, and this method back-propagates through the reward",
+            f"has no gradient{because}, and this method back-propagates through the reward",
             where=f"reward {reward.info.name}",
             fix="choose a differentiable reward, or a policy-gradient method such as DDPO",
         )

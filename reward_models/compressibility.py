@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from reward_models.base import RewardInfo, Scores, check_images, finite_items, spread
-from reward_models.catalogue import LoadOptions, Row
+from reward_models.base import RewardInfo, Scores, score_kept
 from reward_models.media import to_uint8
+from reward_models.table import LoadOptions, Row
 
 QUALITY = 95
 
@@ -41,11 +41,13 @@ class JpegSizeReward:
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
         """Score float [B, 3, H, W] in [0, 1]; prompts are not looked at."""
-        check_images(media, prompts, self.info)
-        keep = finite_items(media)
-        pictures = to_uint8(media[keep]).permute(0, 2, 3, 1).cpu().numpy()
-        sizes = [jpeg_bytes(Image.fromarray(picture)) / 1000 for picture in pictures]
-        return Scores(spread(torch.tensor(sizes, device=media.device) * self.sign, keep))
+
+        def judge(images: Tensor, texts: list[str], kept: list[int]) -> Tensor:
+            pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+            sizes = [jpeg_bytes(Image.fromarray(picture)) / 1000 for picture in pictures]
+            return torch.tensor(sizes) * self.sign
+
+        return score_kept(media, prompts, self.info, judge)
 
 
 def jpeg_bytes(image: Image.Image) -> int:

@@ -30,7 +30,7 @@ from reward_models.base import (
     require_gradient,
     spread,
 )
-from reward_models.catalogue import LoadOptions
+from reward_models.table import LoadOptions
 
 ScoreFunction = Callable[[Tensor, Sequence[str]], Any]
 

@@ -13,16 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reward_models.base import (
-    RewardError,
-    RewardInfo,
-    Scores,
-    check_images,
-    finite_items,
-    spread,
-)
-from reward_models.catalogue import LoadOptions, Row
+from reward_models.base import RewardError, RewardInfo, Scores, score_kept
 from reward_models.small_world import parse_caption, taste, verify
+from reward_models.table import LoadOptions, Row
 
 # (image [3, H, W], caption) -> the score first, then its parts.
 Judge = Callable[[Tensor, str], dict[str, float]]
@@ -49,22 +42,16 @@ class SmallWorldReward:
         Raises:
             RewardError: a prompt outside the small world's language.
         """
-        check_images(media, prompts, self.info)
-        self._check_captions(prompts)
-        keep = finite_items(media)
-        pictures = media.detach().float().cpu()
-        judged = [
-            self.judge(picture, prompt)
-            for picture, prompt, whole in zip(pictures, prompts, keep.tolist(), strict=True)
-            if whole
-        ]
-        if not judged:
-            return Scores(spread(media.new_empty(0), keep))
-        parts = {
-            key: spread(torch.tensor([row[key] for row in judged]).to(media.device), keep)
-            for key in judged[0]
-        }
-        return Scores(parts[self.headline], parts)
+        if not isinstance(prompts, str):
+            self._check_captions(prompts)
+
+        def judge(images: Tensor, texts: list[str], kept: list[int]) -> Scores:
+            pictures = images.detach().float().cpu()
+            judged = [self.judge(p, text) for p, text in zip(pictures, texts, strict=True)]
+            parts = {key: torch.tensor([row[key] for row in judged]) for key in judged[0]}
+            return Scores(parts[self.headline], parts)
+
+        return score_kept(media, prompts, self.info, judge)
 
     def _check_captions(self, prompts: Sequence[str]) -> None:
         for prompt in dict.fromkeys(prompts):

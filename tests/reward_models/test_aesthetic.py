@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from reward_models.aesthetic import head_from_tensors, score_embeddings
+from reward_models import aesthetic
+from reward_models.aesthetic import head_from_tensors, load_aesthetic, score_embeddings
 from reward_models.base import RewardError
-from reward_models.catalogue import ROWS
+from reward_models.catalogue import ROWS, load
+from reward_models.table import LoadOptions
 from reward_models.weights import read_tensors, verify
 
 RATINGS = (0, 2, 4, 6, 8)
@@ -39,6 +45,20 @@ def head(published, name: str):  # type: ignore[no-untyped-def]
 def test_published_scores_of_real_embeddings(published, embeddings: Tensor, name: str) -> None:  # type: ignore[no-untyped-def]
     scores = score_embeddings(head(published, name), embeddings)
     assert scores.tolist() == pytest.approx(HEADS[name], abs=1e-3)
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_reach_the_head(  # type: ignore[no-untyped-def]
+    published, embeddings: Tensor, name: str, dtype: torch.dtype
+) -> None:
+    loaded = head(published, name)
+    with torch.autocast("cpu", dtype):
+        rough = loaded(embeddings)
+        scores = score_embeddings(loaded, embeddings)
+    assert scores.dtype == torch.float32
+    assert scores.tolist() == pytest.approx(HEADS[name], abs=1e-3)
+    assert rough.dtype == dtype  # without care it would
 
 
 @pytest.mark.parametrize("name", [*HEADS, "aesthetic-relu"])
@@ -118,6 +138,100 @@ def test_widths_are_those_of_the_file(indices: tuple[int, ...]) -> None:
 def test_other_files_are_refused(tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(RewardError, match=message):
         head_from_tensors(tensors, Path("other.pth"))
+
+
+def test_another_models_checkpoint_is_recognised() -> None:
+    mps = {"cross_model.layers.0.0.norm.weight": torch.ones(2)}
+    with pytest.raises(RewardError, match=r"is no aesthetic head.*; it looks like MPS"):
+        head_from_tensors(mps, Path("other.pth"))
+
+
+LAYOUTS = {
+    "aesthetic": stack((0, 2, 4, 6, 7), [6, 5, 4, 3, 2, 1]),
+    "aesthetic-relu": stack((0, 3, 6, 9, 11), [6, 5, 4, 3, 2, 1]),
+    "aesthetic-v1": {"weight": torch.ones(1, 6), "bias": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("given", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_reward_takes_heads_of_its_own_layout_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str
+) -> None:
+    monkeypatch.setattr(aesthetic, "load_tower", lambda *_, **__: SmallTower)
+    mine = tmp_path / "mine.pth"
+    torch.save(LAYOUTS[given], mine)
+    if name == given:
+        assert load_aesthetic(ROWS[name], LoadOptions(weights=mine)).head.width == 6
+        return
+    with pytest.raises(RewardError, match=f"is no head of {name}; it looks like a LAION") as caught:
+        load_aesthetic(ROWS[name], LoadOptions(weights=mine))
+    assert "mine.pth" in str(caught.value) and f"load it as {given};" in str(caught.value)
+
+
+def test_the_published_v1_head_is_not_taken_for_v2(published) -> None:  # type: ignore[no-untyped-def]
+    other = published("aesthetic/sa_0_4_vit_l_14_linear.pth")
+    with pytest.raises(RewardError, match=r"looks like a LAION aesthetic head \(v1, linear\)"):
+        load("aesthetic", weights=other)
+
+
+class SmallTower:
+    """As much of a tower as a reward asks for before it scores."""
+
+    width = 6
+
+
+def small_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LoadOptions:
+    monkeypatch.setattr(aesthetic, "load_tower", lambda *_, **__: SmallTower)
+    torch.save(LAYOUTS["aesthetic"], tmp_path / "mine.pth")
+    return LoadOptions(weights=tmp_path / "mine.pth")
+
+
+def test_a_head_that_was_loaded_in_inference_mode_can_be_back_propagated_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small_head(tmp_path, monkeypatch)
+    with torch.inference_mode():
+        load_aesthetic(ROWS["aesthetic"], options)
+    reward = load_aesthetic(ROWS["aesthetic"], options)
+    assert not any(p.is_inference() or p.requires_grad for p in reward.head.parameters())
+    embeddings = torch.rand(2, 6, requires_grad=True)
+    reward.score_embeddings(embeddings).sum().backward()
+    assert embeddings.grad is not None and embeddings.grad.abs().sum() > 0
+
+
+def test_four_threads_read_a_head_once_and_a_new_file_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small_head(tmp_path, monkeypatch)
+    read: list[Path] = []
+
+    def slow(path: Path) -> Any:
+        read.append(path)
+        time.sleep(0.05)
+        return read_tensors(path)
+
+    monkeypatch.setattr(aesthetic, "read_tensors", slow)
+    start = Barrier(4)
+
+    def load_one(_: int) -> Any:
+        start.wait()
+        return load_aesthetic(ROWS["aesthetic"], options).head
+
+    with ThreadPoolExecutor(4) as pool:
+        heads = list(pool.map(load_one, range(4)))
+    assert len(read) == 1 and all(each is heads[0] for each in heads)
+    torch.save(stack((0, 2, 4, 6, 7), [6, 9, 8, 7, 2, 1]), tmp_path / "mine.pth")
+    changed = load_aesthetic(ROWS["aesthetic"], options).head
+    assert len(read) == 2 and changed.layers[0].out_features == 9
+
+
+def test_an_unknown_device_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = small_head(tmp_path, monkeypatch)
+    with pytest.raises(RewardError, match="gpu7"):
+        load_aesthetic(ROWS["aesthetic"], LoadOptions(device="gpu7", weights=options.weights))
 
 
 def test_the_gradient_reaches_the_embedding() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,11 @@ from torch import Tensor
 
 open_clip = pytest.importorskip("open_clip")
 
-from reward_models import aesthetic, backbones, weights  # noqa: E402
+from reward_models import aesthetic, backbones, trained, weights  # noqa: E402
 from reward_models.aesthetic import AestheticReward, head_from_tensors  # noqa: E402
-from reward_models.backbones import build_tower, load_tower  # noqa: E402
+from reward_models.backbones import build_tower, load_tower, torch_device  # noqa: E402
 from reward_models.base import RewardError, RewardInfo  # noqa: E402
-from reward_models.catalogue import ROWS, load  # noqa: E402
+from reward_models.catalogue import ROWS, TOWERS, load  # noqa: E402
 from reward_models.preprocess import clip_pixels, shortest_edge_crop  # noqa: E402
 
 # ViT-L/14's own code at a size that runs in milliseconds.
@@ -73,17 +75,23 @@ def assets(tmp_path: Path, reference: Any, head_tensors: Any, monkeypatch: Any) 
     rows = torch.arange(0, 49408, 7, dtype=torch.int32)
     state["token_embedding.rows"], state["token_embedding.values"] = rows, table[rows.long()]
     save_file(state, tmp_path / "tiny-clip.safetensors")
-    save_file(
-        {key: tensor.half() for key, tensor in head_tensors.items()},
-        tmp_path / "tiny-aesthetic.safetensors",
+    tower = build_tower(CONFIG, {key: tensor.float() for key, tensor in state.items()}, Path("a"))
+    card = trained.Card(
+        "tiny-aesthetic",
+        head="regression",
+        tower="tiny-clip",
+        tower_values=trained.fingerprint(tower),
+        layers="relu",
     )
+    head = {f"head.{key}": tensor for key, tensor in head_tensors.items()}
+    trained.write_trained(tmp_path / "tiny-aesthetic.safetensors", card, head, "float16")
     (tmp_path / "tiny-clip.json").write_text(json.dumps(CONFIG))
     sums = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
         for path in tmp_path.glob("*.safetensors")
     }
     (tmp_path / "SHA256SUMS").write_text(json.dumps(sums))
-    monkeypatch.setattr(weights, "ASSETS", tmp_path)
+    monkeypatch.setattr(weights.files, "ASSETS", tmp_path)
     monkeypatch.setattr(backbones, "ASSETS", tmp_path)
     forget()
     return tmp_path
@@ -91,8 +99,9 @@ def assets(tmp_path: Path, reference: Any, head_tensors: Any, monkeypatch: Any) 
 
 def forget() -> None:
     """A fresh process as far as loaded weights go."""
-    backbones._load_once.cache_clear()
-    aesthetic._head_once.cache_clear()
+    backbones._TOWERS_READ.clear()
+    trained.REWARDS_READ.clear()
+    aesthetic.HEADS_READ.clear()
 
 
 def reward(reference: Any, head_tensors: Any, dtype: torch.dtype) -> AestheticReward:
@@ -260,10 +269,11 @@ def test_each_weight_file_is_opened_once_and_towers_are_shared(
 
     monkeypatch.setattr(safetensors.torch, "load_file", counted)
     first, second = load("tiny-aesthetic"), load("tiny-aesthetic", needs_gradient=True)
+    assert sorted(opened) == ["tiny-aesthetic.safetensors", "tiny-clip.safetensors"]
     own = load("tiny-aesthetic", tower=assets / "tiny-clip.safetensors")
-    assert sorted(opened) == ["tiny-aesthetic.safetensors", *["tiny-clip.safetensors"] * 2]
+    assert opened.count("tiny-clip.safetensors") == 1  # however the file is named
     assert first.tower is second.tower  # type: ignore[attr-defined]
-    assert own.tower is not first.tower  # type: ignore[attr-defined]
+    assert own.tower is first.tower  # type: ignore[attr-defined]
     assert not any(p.requires_grad for p in first.tower.model.parameters())  # type: ignore[attr-defined]
 
 
@@ -276,10 +286,13 @@ def test_a_damaged_embedded_tower_is_named(assets: Path) -> None:
         load("tiny-aesthetic")
 
 
-def test_a_users_own_head_and_tower_are_taken(assets: Path, tmp_path: Path, reference: Any) -> None:
+def test_a_users_own_head_and_tower_are_taken(
+    assets: Path, tmp_path: Path, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOWERS, "clip-l", TOWERS["tiny-clip"])
     torch.save({"weight": torch.zeros(1, 24), "bias": torch.tensor([2.5])}, tmp_path / "my.pth")
     torch.save({"state_dict": reference.state_dict()}, tmp_path / "clip.pt")
-    scorer = load("tiny-aesthetic", weights=tmp_path / "my.pth", tower=tmp_path / "clip.pt")
+    scorer = load("aesthetic-v1", weights=tmp_path / "my.pth", tower=tmp_path / "clip.pt")
     assert scorer.score(torch.rand(2, 3, 20, 20), ["", ""]).values.tolist() == [2.5, 2.5]
 
 
@@ -349,3 +362,72 @@ def test_shortest_edge_crop_is_torchvisions(photo) -> None:  # type: ignore[no-u
             resized = functional.resize(ramp, 16, functional.InterpolationMode.BICUBIC)
             cropped = functional.center_crop(resized, [16, 16]).clamp(0, 1)
             assert (shortest_edge_crop(ramp, 16) - cropped).abs().mean() < 0.01, (height, width)
+
+
+def test_threads_and_names_of_one_file_share_one_read(
+    assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Path] = []
+    read_tensors = backbones.read_tensors
+
+    def counted(path: Path, **options: Any) -> Any:
+        read.append(path)
+        return read_tensors(path, **options)
+
+    monkeypatch.setattr(backbones, "read_tensors", counted)
+    path = assets / "tiny-clip.safetensors"
+    (assets / "link.safetensors").symlink_to(path)
+    ways: list[dict[str, Any]] = [
+        {},
+        {"given": path},
+        {"given": str(assets / "link.safetensors")},
+        {"device": "cpu:0"},
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        towers = list(pool.map(lambda way: load_tower("tiny-clip", **way), ways * 2))
+    assert len(read) == 1 and len(set(map(id, towers))) == 1
+    assert load_tower("tiny-clip", dtype="float64") is not towers[0]
+
+
+def test_an_overwritten_file_is_read_again(assets: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.safetensors"
+    state = safetensors.torch.load_file(assets / "tiny-clip.safetensors")
+    save_file(state, own)
+    old = load_tower("tiny-clip", given=own)
+    state["visual.proj"] = state["visual.proj"] * 2
+    stamp = own.stat().st_mtime_ns
+    own.unlink()
+    save_file(state, own)
+    os.utime(own, ns=(stamp + 10**9, stamp + 10**9))
+    new = load_tower("tiny-clip", given=own)
+    assert torch.equal(new.model.visual.proj, 2 * old.model.visual.proj)
+    assert load_tower("tiny-clip", given=own) is new
+
+
+def test_a_tower_loaded_in_inference_mode_gives_gradients_later(assets: Path) -> None:
+    with torch.inference_mode():
+        tower = load_tower("tiny-clip")
+        tower.text_features(["a red circle"])
+    images = torch.rand(1, 3, 40, 40).requires_grad_()
+    image = tower.embed(images)
+    text = tower.text_features(["a red circle"])
+    (gradient,) = torch.autograd.grad((image * text).sum(), images)
+    assert gradient.isfinite().all() and gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "vulkan", ""])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(RewardError, match="unknown device"):
+        load_tower("tiny-clip", device=name)
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RewardError, match="cuda asked for, but torch finds none"):
+        load_tower("tiny-clip", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert torch_device("cuda") == torch_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(RewardError, match="cuda:2 asked for, but torch finds only 2"):
+        torch_device("cuda:2")

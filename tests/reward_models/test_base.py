@@ -65,6 +65,9 @@ def test_wrong_scores_are_refused_by_name(wrong: Any, message: str) -> None:
         (torch.full((1, 3, 4, 4), 255.0), [""], "from 255 to 255"),
         (torch.full((1, 3, 4, 4), -1.0), [""], "from -1 to -1"),
         ([[0.0]], [""], "list"),
+        (torch.zeros(1, 3, 4, 4), [None], "prompt 0 is NoneType, not a string"),
+        (torch.zeros(2, 3, 4, 4), ["a", b"b"], "prompt 1 is bytes"),
+        (torch.zeros(1, 3, 4, 4), None, "NoneType for 1 images"),
     ],
 )
 def test_wrong_images_are_refused(media: Any, prompts: Any, message: str) -> None:
@@ -75,6 +78,10 @@ def test_wrong_images_are_refused(media: Any, prompts: Any, message: str) -> Non
 def test_rounding_overshoot_and_nan_are_allowed() -> None:
     media = torch.tensor([-0.005, 1.005, float("nan"), float("inf")]).view(4, 1, 1, 1)
     check_images(media.expand(4, 3, 2, 2), [""] * 4, INFO)
+
+
+def test_a_blank_prompt_is_a_prompt() -> None:
+    check_images(torch.zeros(2, 3, 4, 4), ("", "  "), INFO)
 
 
 def test_no_nan_enters_scores_or_gradients_of_whole_items() -> None:

@@ -11,7 +11,16 @@ import pytest
 
 import reward_models
 from reward_models.base import RewardError
-from reward_models.catalogue import ROWS, TOWERS, check_name, find, load, names
+from reward_models.catalogue import (
+    ROWS,
+    TOWERS,
+    canonical,
+    check_name,
+    find,
+    is_file,
+    load,
+    names,
+)
 
 
 def test_the_catalogue_imports_no_torch_and_answers_typos() -> None:
@@ -42,6 +51,43 @@ def test_names_are_found_whatever_the_case_and_by_alias() -> None:
     check_name("my_package.rewards:Mine")
 
 
+@pytest.mark.parametrize("name", ["ImageReward", "image_reward", "Image-Reward", "HPS-v2"])
+def test_a_folder_does_not_shadow_a_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_file(name) and is_file(f"./{name}") and is_file("mine")
+    check_name(name)
+    with pytest.raises(RewardError, match=r"holds no reward\.safetensors"):
+        check_name(f"./{name}")
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_refused_in_words(name: str) -> None:
+    for refuse in (find, check_name, load):
+        with pytest.raises(RewardError, match="the name of the reward is empty"):
+            refuse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        (" Aesthetic_V2 ", "aesthetic"),
+        ("ImageReward", "image-reward"),
+        ("taste", "taste"),
+        ("0.5*Clip_Score + 1.0*HPS-v2.1", "0.5*clip + hpsv2.1"),
+        ("runs/Mine/reward.safetensors", "runs/Mine/reward.safetensors"),
+        ("My_Package.rewards:Mine", "My_Package.rewards:Mine"),
+        ("aestetic", "aestetic"),
+        ("", ""),
+    ],
+)
+def test_two_spellings_of_a_reward_become_one(name: str, written: str) -> None:
+    assert canonical(name) == written == canonical(written)
+
+
 def test_every_row_is_complete() -> None:
     assert names() == list(ROWS)
     for name, row in ROWS.items():
@@ -62,7 +108,7 @@ def test_what_needs_no_download_counts_as_installed(
     row = find("aesthetic-v1")
     assert [file.name for file in row.files] == [
         "sa_0_4_vit_l_14_linear.pth",
-        "open_clip_model.safetensors",
+        "vit_large_patch14_clip_224.openai.safetensors",
     ]
     assert not row.installed
     for file in row.files:
