@@ -1,28 +1,34 @@
 """Reading pictures from disk as float32 [3, H, W] in [0, 1], and the way back to uint8.
 
 Files come as cameras and editors leave them: turned by an EXIF flag, with transparency, palettes,
-16 bits or grey. Each is brought to upright RGB; transparency is laid over white, the page that
-people judge pictures on. Colour profiles are ignored, as in every published scorer. A file that
-cannot be read whole raises and is named: half a decoded photograph must not get a score.
+16 bits, ink colours or grey. Each is brought to upright RGB; transparency is laid over white, the
+page that people judge pictures on. Of an animation the first frame is read. Colour profiles are
+ignored, as in every published scorer; CMYK is (1 - ink) * (1 - black), and a CMYK JPEG counts as
+inverted, which is how Adobe writes it. A file that cannot be read whole raises and is named: half
+a decoded photograph must not get a score. A file is what its content says, not its ending.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import threading
+import warnings
 import zlib
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from reward_models.base import RewardError
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+
+# Pillow knows more, and would for instance hand a PostScript file named .png to Ghostscript.
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 # What Pillow's decoders raise on damaged files (UnidentifiedImageError is an OSError).
 _DECODING_ERRORS = (
@@ -31,10 +37,15 @@ _DECODING_ERRORS = (
     ValueError,
     EOFError,
     IndexError,
+    RuntimeError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
+
+# `warnings.catch_warnings` changes the whole process: readers in several threads take turns.
+_OPENING = threading.Lock()
+
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 
 
 def read_image(path: str | os.PathLike[str]) -> Tensor:
@@ -44,24 +55,38 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         float32 [3, H, W] in [0, 1], upright, RGB, transparency over white.
 
     Raises:
-        RewardError: naming the file, when it is missing, damaged, cut off or no picture.
+        RewardError: naming the file, when it is missing, empty, damaged, cut off, no picture, has
+            pixels of unknown range, or more of them than Pillow decodes (twice
+            `PIL.Image.MAX_IMAGE_PIXELS`; then none is decoded).
     """
     path = Path(path)
+    where = str(path)
     if not path.is_file():
         what = "is a folder, not an image" if path.is_dir() else "no such file"
-        raise RewardError(what, where=str(path))
+        raise RewardError(what, where=where)
     try:
-        with Image.open(path) as image:
-            pixels = _to_rgb(ImageOps.exif_transpose(image))
+        with _open(path) as image:
+            image.load()
+            # In place: a copy of a large photograph is not free.
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image, where)
+    except Image.DecompressionBombError as error:
+        raise RewardError(
+            f"is not decoded, it may be a decompression bomb ({error})",
+            where=where,
+            fix="make it smaller; of files that you trust, PIL.Image.MAX_IMAGE_PIXELS admits more",
+        ) from error
     except UnidentifiedImageError as error:
-        raise RewardError("is not an image that can be read", where=str(path)) from error
+        what = "is an empty file" if not path.stat().st_size else "is not an image that can be read"
+        raise RewardError(
+            what, where=where, fix=f"{', '.join(_formats())} are read, if their head is whole"
+        ) from error
     except _DECODING_ERRORS as error:
         raise RewardError(
             f"the image is damaged or cut off ({error})",
-            where=str(path),
+            where=where,
             fix="replace the file, or take it out of the list",
         ) from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -77,17 +102,64 @@ def to_uint8(images: Tensor) -> Tensor:
     return (clean.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def _to_rgb(image: Image.Image) -> NDArray[Any]:
-    """float32 [H, W, 3] in [0, 1] of a decoded picture in whatever mode."""
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of our formats that this Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _open(path: Path) -> Image.Image:
+    """Read a file's head. A picture of too many pixels is refused here, before it is decoded."""
+    with _OPENING, warnings.catch_warnings():
+        # Pillow warns of large pictures that it does read, and of odd tags.
+        warnings.simplefilter("ignore")
+        return Image.open(path, formats=_formats())
+
+
+def _to_rgb(image: Image.Image, where: str) -> Tensor:
+    """float32 [3, H, W] in [0, 1] of a decoded picture in whatever mode."""
     if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+        raise _unknown_range("floating-point pixels", where)
     if image.mode.startswith("I"):
-        grey = np.asarray(image).astype(np.float32) / 65535
-        if grey.min() < 0 or grey.max() > 1:
-            raise ValueError("32-bit pixels have no known range")
-        return np.repeat(grey[:, :, None], 3, axis=2)
+        return _deep_grey(image, where).expand(3, -1, -1).clone()
     if image.has_transparency_data:
-        rgba = np.asarray(image.convert("RGBA")).astype(np.float32) / 255
-        alpha = rgba[:, :, 3:]
-        return rgba[:, :, :3] * alpha + (1 - alpha)
-    return np.asarray(image.convert("RGB")).astype(np.float32) / 255
+        rgba = _from_bytes(image.convert("RGBA"))
+        colour, alpha = rgba[:3], rgba[3:]
+        return colour * alpha + (1 - alpha)
+    return _from_bytes(image.convert("RGB"))
+
+
+def _from_bytes(image: Image.Image) -> Tensor:
+    """uint8 [H, W, C] to float32 [C, H, W] in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+
+
+def _deep_grey(image: Image.Image, where: str) -> Tensor:
+    """float32 [H, W] in [0, 1] of grey with more than 8 bits, which Pillow hands over as it lies.
+
+    TIFF may store 12 bits, or white as zero; both reach us unscaled.
+    """
+    white, inverted = 65535, False
+    tags = getattr(image, "tag_v2", None)
+    if tags is not None:
+        if image.mode == "I":  # 32 bits, or signed ones
+            raise _unknown_range("32-bit or signed pixels", where)
+        white = 2 ** int(np.max(tags.get(_TIFF_BITS, 16))) - 1
+        inverted = tags.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
+    levels = np.asarray(image).astype(np.float32)
+    if levels.min() < 0 or levels.max() > white:
+        raise _unknown_range("32-bit pixels", where)
+    grey = torch.from_numpy(levels / white)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # PNG: the one level that is see-through
+        grey[torch.from_numpy(levels == transparent)] = 1
+    return 1 - grey if inverted else grey
+
+
+def _unknown_range(what: str, where: str) -> RewardError:
+    return RewardError(
+        f"has {what}, which have no known range",
+        where=where,
+        fix="save it with 8 or 16 bits per channel",
+    )
