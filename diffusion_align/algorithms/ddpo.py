@@ -119,9 +119,11 @@ class DDPO:
         ]
 
     def record(self) -> dict[str, Any]:
-        """The reward's name and the prompts' texts, for the run folder."""
+        """The reward's name and those it is made of, and the prompts' texts, for the run folder."""
         prompts = [prompt.text for prompt in self._plan.prompts]
-        return {"trained_on": [self.reward.info.name], "prompts": prompts}
+        info = self.reward.info
+        rewards = list(dict.fromkeys([info.name, *info.components]))
+        return {"trained_on": rewards, "prompts": prompts}
 
     def collect(self, iteration: int) -> TrajectoryBatch:
         """Sample, score, normalise. Before the very first update the replay check runs as well.

@@ -20,6 +20,7 @@ from diffusion_align.evaluation.statistics import (
     in_words,
     paired,
 )
+from reward_models.catalogue import components
 
 Role = Literal["trained", "held-out", "unknown", "diversity"]
 Side = Literal["base", "tuned"]
@@ -215,7 +216,9 @@ def find_notes(
         )
     if seeds < 2:
         notes.append("One picture per prompt: diversity cannot be measured; use 2 seeds or more.")
-    missing = [name for name in trained_on or () if all(result.name != name for result in results)]
+    scored = {result.name for result in results}
+    parts = {part for part in (name.partition("/")[2] for name in scored) if part}
+    missing = [name for name in trained_on or () if name not in scored | parts]
     if missing:
         notes.append(f"Trained on, but not scored here: {', '.join(missing)}.")
     for result in results:
@@ -250,7 +253,9 @@ def arranged(
             continue
         role: Role = "unknown"
         if trained_on is not None:
-            role = "trained" if (whole or name) in trained_on else "held-out"
+            # A sum with a trained reward in it has been trained on as well.
+            known = {whole or name, *components(whole or name)}
+            role = "trained" if known & set(trained_on) else "held-out"
         results.append(Result(name, role, units.get(name, ""), base, tuned, whole))
     return sorted(results, key=lambda result: result.role != "trained")
 
