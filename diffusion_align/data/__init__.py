@@ -1,4 +1,4 @@
-"""What goes in and comes out as files: prompt lists, pictures and labelled grids.
+"""What goes in and comes out as files: prompts, judgements of pictures, pictures, labelled grids.
 
 Nothing is imported until it is used (PEP 562), so the command line can name this room cheaply.
 """
@@ -9,7 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from diffusion_align.data.ava import read_ava
     from diffusion_align.data.images import draw_grid, save_grid, write_png
+    from diffusion_align.data.judgement_files import read_pairs, read_ratings
+    from diffusion_align.data.judgements import (
+        Judgements,
+        Pair,
+        Rating,
+        small_world_judgements,
+    )
     from diffusion_align.data.prompts import BUILT_IN, Prompt, load_prompts
 
 _HOMES = {
@@ -19,9 +27,30 @@ _HOMES = {
     "draw_grid": "diffusion_align.data.images",
     "save_grid": "diffusion_align.data.images",
     "write_png": "diffusion_align.data.images",
+    "Judgements": "diffusion_align.data.judgements",
+    "Pair": "diffusion_align.data.judgements",
+    "Rating": "diffusion_align.data.judgements",
+    "small_world_judgements": "diffusion_align.data.judgements",
+    "read_pairs": "diffusion_align.data.judgement_files",
+    "read_ratings": "diffusion_align.data.judgement_files",
+    "read_ava": "diffusion_align.data.ava",
 }
 
-__all__ = ["BUILT_IN", "Prompt", "draw_grid", "load_prompts", "save_grid", "write_png"]
+__all__ = [
+    "BUILT_IN",
+    "Judgements",
+    "Pair",
+    "Prompt",
+    "Rating",
+    "draw_grid",
+    "load_prompts",
+    "read_ava",
+    "read_pairs",
+    "read_ratings",
+    "save_grid",
+    "small_world_judgements",
+    "write_png",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -70,7 +70,7 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
         return built_in
     if isinstance(source, str | Path):
         path = _existing(source)
-        text = _decode(path.read_bytes(), str(path))
+        text = decode_text(path.read_bytes(), str(path))
         rows = _from_jsonl if path.suffix.lower() == ".jsonl" else _from_txt
         prompts, problems = rows(text)
         return _checked(prompts, problems, where=str(path), unit="line")
@@ -129,7 +129,7 @@ def _missing(path: Path, asked: str) -> UserError:
     return UserError("no such prompt file or list", where=asked, fix=f"{near_line}\n{known}")
 
 
-def _decode(data: bytes, where: str) -> str:
+def decode_text(data: bytes, where: str) -> str:
     """UTF-8 text without its byte order mark and with plain line ends."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(
@@ -184,16 +184,16 @@ def _from_jsonl(text: str) -> tuple[Numbered, Problems]:
 def _row_fault(row: object) -> str | None:
     """What is wrong with one decoded row, or None."""
     if not isinstance(row, dict):
-        return f'expected an object such as {{"prompt": "a cat"}}, found {_kind(row)}'
+        return f'expected an object such as {{"prompt": "a cat"}}, found {kind_of(row)}'
     if "prompt" not in row:
         near = did_you_mean("prompt", row)
         return "no key 'prompt'" + (f"; did you mean it by {near!r} ?" if near else "")
     if not isinstance(row["prompt"], str):
-        return f"'prompt' must be text, found {_kind(row['prompt'])}"
+        return f"'prompt' must be text, found {kind_of(row['prompt'])}"
     if not row["prompt"].strip():
         return "'prompt' is empty"
     if not isinstance(row.get("negative_prompt"), str | None):
-        return f"'negative_prompt' must be text, found {_kind(row['negative_prompt'])}"
+        return f"'negative_prompt' must be text, found {kind_of(row['negative_prompt'])}"
     return None
 
 
@@ -202,7 +202,7 @@ def _row_prompt(row: Mapping[str, Any]) -> Prompt:
     return Prompt(row["prompt"].strip(), (row.get("negative_prompt") or "").strip(), rest)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 

@@ -7,7 +7,6 @@ stray specks, a ragged outline. The strengths are continuous, so that ratings sp
 from __future__ import annotations
 
 import numpy as np
-from scipy import ndimage
 
 _FAULTS = ("blur", "grain", "wash", "cast", "specks", "ragged")
 
@@ -23,6 +22,8 @@ def corrupt(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _apply(
     fault: str, picture: np.ndarray, strength: float, rng: np.random.Generator
 ) -> np.ndarray:
+    from scipy import ndimage  # half a second, which captions alone need not pay
+
     height, width = picture.shape[1:]
     if fault == "blur":
         return ndimage.gaussian_filter(picture, (0, 2.5 * strength, 2.5 * strength))

@@ -13,7 +13,6 @@ from functools import cache
 from itertools import permutations
 
 import numpy as np
-from scipy import ndimage
 
 from reward_models.small_world.grammar import (
     BACKGROUNDS,
@@ -123,6 +122,8 @@ def _border_colour(picture: np.ndarray) -> np.ndarray:
 
 def _pieces(picture: np.ndarray, background: np.ndarray, scale: float) -> list[np.ndarray]:
     """Boolean masks [H, W] of the one-coloured pieces that stand out, largest first."""
+    from scipy import ndimage  # half a second, which captions alone need not pay
+
     away = np.sqrt(((picture - background[:, None, None]) ** 2).sum(0))
     stands_out = away > _STANDS_OUT
     if not stands_out.any():
@@ -143,6 +144,8 @@ def _pieces(picture: np.ndarray, background: np.ndarray, scale: float) -> list[n
 
 def _measure(picture: np.ndarray, background: np.ndarray, mask: np.ndarray) -> Drawn:
     """Colour, place, radius and shape of one piece."""
+    from scipy import ndimage  # half a second, which captions alone need not pay
+
     core = ndimage.binary_erosion(mask, iterations=2)
     if core.sum() < 6:
         core = mask
