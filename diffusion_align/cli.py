@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffusion_align import __version__
-from diffusion_align.commands import listing, pictures, scoring, training
+from diffusion_align.commands import doctor, listing, pictures, scoring, training
 from diffusion_align.errors import UserError
 
 _DEBUG = "--debug"
@@ -84,6 +84,7 @@ app.command(rich_help_panel=_LOOK)(listing.rewards)
 app.command(rich_help_panel=_LOOK)(listing.models)
 app.command(rich_help_panel=_LOOK)(listing.algorithms)
 app.command(rich_help_panel=_LOOK)(listing.config)
+app.command(rich_help_panel=_LOOK)(doctor.doctor)
 
 
 def _format_warning(

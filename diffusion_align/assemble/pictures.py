@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.assemble.loading import load_rewards, load_tuned
+from diffusion_align.assemble.run import trained_on as rewards_of
 from diffusion_align.assemble.run import training_prompts, with_negative
 from diffusion_align.errors import UserError
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from diffusion_align.policy import Policy
     from diffusion_align.policy.tuned import Tuned
     from diffusion_align.sampling.options import SamplingOptions
-    from reward_models.scoring import ScoredFile
+    from reward_models.scoring import Scored
 
 
 Progress = Callable[[int, int], None]
@@ -139,7 +140,7 @@ def compare_pictures(
     run = run_of(tuned, needed=trained_on is None)
     known = [prompt.text for prompt in training_prompts(run)] if run else []
     if trained_on is None and run:
-        trained_on = [run.reward]
+        trained_on = rewards_of(run)
     elif run is None and (record := record_of(tuned)):
         # A run started from Python has no config, but says what it learnt from.
         trained_on = record["trained_on"] if trained_on is None else trained_on
@@ -172,23 +173,54 @@ def score_pictures(
     *,
     prompts: Path | None = None,
     prompt: str = "",
+    frames: str = "uniform:8",
+    pool: str = "mean",
+    parts: bool = False,
     device: str = "auto",
     batch_size: int = 16,
     progress: Progress | None = None,
-) -> list[ScoredFile]:
-    """Score images on disk; rows are written to `out` as they come."""
-    from diffusion_align.policy.devices import device_of
-    from reward_models import find_images, read_prompts, score_files
+) -> Scored:
+    """Score images and videos on disk; rows are written to `out` as they come.
 
-    images = find_images(paths)
-    return score_files(
-        images,
+    Inputs, prompts and what `out` holds already are looked at before any weights are loaded.
+    """
+    from reward_models.inputs import find_items, read_prompts, with_prompts
+    from reward_models.rows import Results
+
+    items = find_items(paths)
+    files = [item.path for item in items]
+    items = with_prompts(items, read_prompts(prompts, files) if prompts else prompt)
+    results = Results(out, rewards, parts=parts)
+    results.made_with(frames=frames, pool=pool)  # a difference is refused before weights are read
+    from diffusion_align.policy.devices import device_of
+    from reward_models.clips import ClipView
+    from reward_models.scoring import refuse_missing_prompts, score_items
+
+    refuse_missing_prompts(items, [name for name in rewards if _needs_prompt(name)])
+    view = ClipView(frames, pool, batch_size=batch_size)
+    return score_items(
+        items,
         load_rewards(rewards, device_of(device)),
-        prompts=read_prompts(prompts, images) if prompts else prompt,
-        out=out,
+        results,
         batch_size=batch_size,
+        view=view,
+        parts=parts,
         progress=progress,
     )
+
+
+def _needs_prompt(name: str) -> bool:
+    """Whether the catalogue says so; of a reward that is not in it, loading tells."""
+    from reward_models.base import RewardError
+    from reward_models.catalogue import components, find
+
+    for component in components(name):
+        try:
+            if find(component).info.needs_prompt:
+                return True
+        except RewardError:
+            continue
+    return False
 
 
 def record_of(tuned: Tuned) -> dict[str, list[str]] | None:
@@ -216,7 +248,7 @@ def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
     Raises:
         UserError: it cannot be read, for instance because its prompts have been moved.
     """
-    from diffusion_align.config import load_config
+    from diffusion_align.config import RunConfig, load_config
     from diffusion_align.reporting.console import Console
 
     for folder in (tuned.folder, tuned.folder.parent):
@@ -224,7 +256,7 @@ def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
         if not record.is_file():
             continue
         try:
-            return load_config(record)
+            config = load_config(record)
         except UserError as error:
             if needed:
                 raise UserError(
@@ -234,6 +266,13 @@ def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
                 ) from error
             Console().message(f"{record} is not in order: drawn with the model's own settings")
             return None
+        if not isinstance(config, RunConfig):
+            raise UserError(
+                "this run trained a reward, not a model that makes pictures",
+                where=str(folder),
+                fix=f"score pictures with it:  diffusion-align score PICTURES --reward {folder}",
+            )
+        return config
     return None
 
 

@@ -7,11 +7,22 @@ from typing import Annotated
 
 import typer
 
+from diffusion_align.commands.tables import show_records, show_table
 from diffusion_align.errors import UserError
 
 
-def rewards() -> None:
-    """List the reward models."""
+def rewards(
+    presets: Annotated[
+        bool, typer.Option("--presets", help="List the normalisations for sums instead.")
+    ] = False,
+) -> None:
+    """List the reward models; MB is what has to be downloaded for one, its tower included."""
+    if presets:
+        from reward_models.presets import describe
+
+        show_records(("preset", "reward", "formula", "source"), describe(), short=3)
+        typer.echo('For sums: --reward "0.5*unit(aesthetic) + 0.5*percent(hpsv2.1)"')
+        return
     from reward_models.catalogue import ROWS
 
     rows = [
@@ -20,15 +31,18 @@ def rewards() -> None:
             row.info.modality,
             _yes(row.info.differentiable),
             _yes(row.info.needs_prompt),
+            _size(row.megabytes),
             _yes(row.installed),
             row.info.range,
             row.info.licence,
+            row.info.source,
         )
         for row in ROWS.values()
     ]
-    heads = ("reward", "input", "gradient", "prompt", "installed", "range", "licence")
-    _table(heads, rows)
+    heads = ("reward", "input", "gradient", "prompt", "MB", "installed")
+    show_records((*heads, "range", "licence", "source"), rows, short=6, numbers=["MB"])
     typer.echo("Your own: package.module:Class, or a function fn(images, prompts) -> [B].")
+    typer.echo("Trained here: the folder of its run.   Sums: 0.7*hpsv2.1 + 0.3*aesthetic")
 
 
 def models() -> None:
@@ -39,7 +53,7 @@ def models() -> None:
         (m.name, m.family, f"{m.width} x {m.height}", str(m.steps), m.licence, m.note)
         for m in MODELS.values()
     ]
-    _table(("model", "family", "pixels", "steps", "licence", ""), rows)
+    show_table(("model", "family", "pixels", "steps", "licence", ""), rows)
     typer.echo("Also: the folder of a diffusers pipeline, or a hub id owner/name.")
 
 
@@ -48,7 +62,7 @@ def algorithms() -> None:
     from diffusion_align.algorithms.catalogue import ALGORITHMS
 
     rows = [(a.name, a.description, a.needs.words(), a.source) for a in ALGORITHMS.values()]
-    _table(("algorithm", "", "needs", "source"), rows)
+    show_table(("algorithm", "", "needs", "source"), rows)
 
 
 def config(
@@ -95,22 +109,5 @@ def _yes(fact: bool) -> str:
     return "yes" if fact else "-"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on a terminal; tab-separated lines, whole, where another program reads."""
-    import sys
-
-    if not sys.stdout.isatty():
-        for row in (heads, *rows):
-            typer.echo("\t".join(row))
-        return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for index, head in enumerate(heads):
-        table.add_column(head, no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    Console().print(table)
+def _size(megabytes: float) -> str:
+    return f"{megabytes:.0f}" if megabytes else "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from reward_models import scoring
 from reward_models.base import Reward, RewardError, RewardInfo, Scores
-from reward_models.catalogue import load
+from reward_models.catalogue import ROWS, load
+from reward_models.clip_score import CosineReward
+from reward_models.clip_tower import ClipTower
+from reward_models.composite import CompositeReward
+from reward_models.inputs import Item, find_images, find_items, read_prompts
+from reward_models.media import read_image
 from reward_models.plugin import FunctionReward
-from reward_models.scoring import find_images, read_prompts, score_files
+from reward_models.scoring import score_files
 
 
 @pytest.fixture
@@ -86,7 +93,7 @@ def test_a_nan_score_is_null_and_says_whose(folder: Path) -> None:
     assert row.error == "could not be scored by blind"
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [1, 3])
 @pytest.mark.parametrize("kept", range(7))
 @pytest.mark.parametrize("tail", ["", '{"path": "pictures/0.p', "}\0{"])
 def test_a_killed_run_goes_on_to_the_same_file(
@@ -216,8 +223,10 @@ def test_a_repaired_image_gets_its_score_in_its_old_place(
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "out.jsonl",
+        "out.jsonl.how.json",
         "pictures",
         "whole.jsonl",
+        "whole.jsonl.how.json",
     ]
 
 
@@ -350,3 +359,109 @@ def test_what_cannot_be_scored_is_refused_at_once(folder: Path, tmp_path: Path) 
         score_files([folder / "0.png"], rewards(), batch_size=0)
     with pytest.raises(RewardError, match="cannot be written"):
         score_files([folder / "0.png"], rewards(), out=folder / "0.png" / "out.jsonl")
+
+
+def test_a_file_is_read_once_for_all_rewards_and_prompts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+
+    def counted(path: Path) -> Tensor:
+        reads.append(path.name)
+        return read_image(path)
+
+    monkeypatch.setattr(scoring, "read_image", counted)
+    items = [Item(path, text) for path in find_images([folder]) for text in ("a", "b")]
+    rows = score_files(items, rewards(), batch_size=14)
+    assert [(row.path, row.prompt) for row in rows] == [(str(i.path), i.prompt) for i in items]
+    assert sorted(reads) == sorted(path.name for path in find_images([folder]))
+
+
+@pytest.mark.parametrize("size", [16, 3])
+def test_rewards_on_one_tower_embed_every_picture_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    forwards: list[int] = []
+    real = ClipTower.image_features
+
+    def counted(tower: ClipTower, pixels: Tensor) -> Tensor:
+        forwards.append(len(pixels))
+        return real(tower, pixels)
+
+    open_clip = pytest.importorskip("open_clip")
+    texts = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    eyes = {"image_size": 32, "layers": 1, "width": 64, "head_width": 32, "patch_size": 16}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tower = ClipTower(open_clip.CLIP(24, eyes, texts))
+    once = CosineReward(ROWS["clip"].info, tower)
+    twice = CosineReward(ROWS["pickscore"].info, tower, scale=2.0)
+    table: dict[str, Reward] = {"once": once, "twice": twice}
+    table["sum"] = CompositeReward([(0.5, None, once), (2.0, None, twice)])
+    monkeypatch.setattr(ClipTower, "image_features", counted)
+    images = find_images([folder])
+    alone = score_files(images, {"once": once}, prompts="a cat", batch_size=size)
+    groups = list(forwards)
+    assert sum(groups) == 6  # the seventh is damaged
+    forwards.clear()
+    rows = score_files(images, table, prompts="a cat", batch_size=size)
+    assert forwards == groups
+    for row, single in zip(rows, alone, strict=True):
+        if row.error is None:
+            cosine = single.scores["once"]
+            assert cosine is not None
+            known = {"once": cosine, "twice": 2 * cosine, "sum": 4.5 * cosine}
+            assert row.scores == pytest.approx(known, rel=1e-5)
+
+
+def test_the_next_batch_is_read_while_this_one_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scorer of the first batch waits for the second to be read: else it would never end."""
+    second = threading.Event()
+
+    def watched(path: Path) -> Tensor:
+        if path.name == "2.png":
+            second.set()
+        return read_image(path)
+
+    monkeypatch.setattr(scoring, "read_image", watched)
+    waiting = FunctionReward(lambda media, prompts: [float(second.wait(5))] * len(media))
+    rows = score_files([folder / f"{n}.png" for n in (0, 2)], {"r": waiting}, batch_size=1)
+    assert [row.scores["r"] for row in rows] == [1.0, 1.0]
+
+
+def test_a_missing_file_is_named_with_the_line_of_its_table(folder: Path) -> None:
+    (folder / "t.jsonl").write_text('{"path": "0.png"}\n{"path": "gone.png"}\n')
+    rows = score_files(find_items([folder / "t.jsonl"]), rewards())
+    assert [row.error for row in rows] == [
+        None,
+        f"gone.png: no such file (named in {folder}/t.jsonl:2)",
+    ]
+
+
+def test_scores_do_not_depend_on_the_batch(folder: Path) -> None:
+    def mixed(media: Tensor, prompts: Sequence[str]) -> Tensor:
+        lengths = torch.tensor([float(len(prompt)) for prompt in prompts])
+        return media.std(dim=(1, 2, 3)) * lengths
+
+    table = {"compressibility": load("compressibility"), "mixed": FunctionReward(mixed)}
+    items = [Item(path, "x" * n) for n, path in enumerate(find_images([folder]), start=1)]
+    alone = score_files(items, table, batch_size=1)
+    for batch_size in (2, 3, 16):
+        together = score_files(items, table, batch_size=batch_size)
+        for one, other in zip(alone, together, strict=True):
+            assert one.error == other.error
+            if not one.error:
+                assert one.scores == pytest.approx(other.scores, rel=1e-5)
+
+
+def test_a_judge_of_groups_is_refused(folder: Path) -> None:
+    class Judge:
+        info = RewardInfo("judge", "image", False, "", "", "", scope="group")
+
+        def score(self, media: Tensor, prompts: Sequence[str], **unused: Any) -> Scores:
+            raise AssertionError("never asked")
+
+    with pytest.raises(RewardError, match="reward judge: judges all samples of one prompt"):
+        score_files([folder / "0.png"], {"judge": Judge()})
