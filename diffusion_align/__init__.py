@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffusion_align.algorithms.ddpo import DDPO
     from diffusion_align.algorithms.options import DDPOOptions
+    from diffusion_align.algorithms.reward_options import RewardOptions
+    from diffusion_align.algorithms.reward_training import RewardTraining
     from diffusion_align.errors import UserError
     from diffusion_align.evaluation.compare import compare
     from diffusion_align.policy import Policy
@@ -25,6 +27,8 @@ _HOMES = {
     "DDPO": "diffusion_align.algorithms.ddpo",
     "DDPOOptions": "diffusion_align.algorithms.options",
     "Policy": "diffusion_align.policy",
+    "RewardOptions": "diffusion_align.algorithms.reward_options",
+    "RewardTraining": "diffusion_align.algorithms.reward_training",
     "SamplingOptions": "diffusion_align.sampling.options",
     "TrainOptions": "diffusion_align.training.options",
     "UserError": "diffusion_align.errors",
@@ -36,6 +40,8 @@ __all__ = [
     "DDPO",
     "DDPOOptions",
     "Policy",
+    "RewardOptions",
+    "RewardTraining",
     "SamplingOptions",
     "TrainOptions",
     "UserError",

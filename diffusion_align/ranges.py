@@ -45,14 +45,17 @@ def positive(options: object, *names: str) -> None:
 
 
 def words(options: object) -> None:
-    """Every field that is declared as a `Literal` holds one of its words.
+    """Every field that is declared as a `Literal`, or one or None, holds one of its words.
 
     Raises:
         OptionError: with the nearest word.
     """
     for name, hint in get_type_hints(type(options)).items():
-        value, known = getattr(options, name), get_args(hint)
-        if get_origin(hint) is Literal and value not in known:
+        value = getattr(options, name)
+        literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+        known = tuple(word for part in literals for word in get_args(part))
+        is_absent = value is None and type(None) in get_args(hint)
+        if known and get_origin(hint) is not tuple and value not in known and not is_absent:
             near = did_you_mean(str(value), map(str, known))
             raise OptionError(
                 name,

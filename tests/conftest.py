@@ -8,6 +8,7 @@ such a skip is a failure.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Generator
 
 import pytest
@@ -15,6 +16,8 @@ import pytest
 # Before any library reads them: a test never waits for a hub.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# Where converted copies of weight files go: never into the user's own cache.
+os.environ.setdefault("REWARD_MODELS_HOME", tempfile.mkdtemp(prefix="reward_models-"))
 
 REQUIRED = os.environ.get("DIFFUSION_ALIGN_REQUIRE_DATA") == "1"
 DATA = os.environ.get("DIFFUSION_ALIGN_TEST_DATA", "")

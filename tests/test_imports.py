@@ -47,8 +47,15 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffusion_align.data",
         "reward_models",
     ),
-    # the embedded models are built here, with the rewards' own towers for tiny-clip
-    "diffusion_align.tiny": ("reward_models", "diffusion_align.policy"),
+    # the embedded models are built here; the rewards among them by the trainer that users have
+    "diffusion_align.tiny": (
+        "reward_models",
+        "diffusion_align.policy",
+        "diffusion_align.algorithms.reward_options",
+        "diffusion_align.algorithms.reward_training",
+        "diffusion_align.data.judgements",
+        "diffusion_align.training",
+    ),
     # the algorithm contract, never a method
     "diffusion_align.training": (
         "diffusion_align.algorithms.base",
@@ -64,6 +71,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffusion_align.policy.catalogue",
         "reward_models.catalogue",
         "diffusion_align.algorithms.options",
+        "diffusion_align.algorithms.reward_options",
+        "diffusion_align.data.judgement_options",
         "diffusion_align.evaluation.options",
         "diffusion_align.policy.options",
         "diffusion_align.sampling.options",

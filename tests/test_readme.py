@@ -54,7 +54,7 @@ def test_every_command_line_is_understood(words: list[str]) -> None:
     if "model" in given:
         resolve(str(given["model"]))
         load_prompts(str(given["prompts"]))
-    for name in str(given.get("reward", "compressibility")).split(","):
+    for name in str(given.get("reward") or "compressibility").split(","):
         check_name(name)
 
 

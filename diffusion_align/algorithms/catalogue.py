@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Literal
 
 from diffusion_align.errors import UserError, did_you_mean
 
@@ -28,6 +29,7 @@ class AlgorithmInfo:
     """One row of the catalogue.
 
     target: ``"module:Class"``; options: ``"module:Dataclass"`` (a module without torch).
+    trains: what it trains, which decides the sections of its config.
     """
 
     name: str
@@ -36,6 +38,7 @@ class AlgorithmInfo:
     description: str
     source: str
     needs: Needs = field(default_factory=Needs)
+    trains: Literal["policy", "reward"] = "policy"
 
 
 ALGORITHMS: dict[str, AlgorithmInfo] = {
@@ -46,6 +49,14 @@ ALGORITHMS: dict[str, AlgorithmInfo] = {
         description="policy gradient on exact per-step likelihoods; any reward, no gradient needed",
         source="Black et al. 2023, arXiv 2305.13301",
         needs=Needs(trajectory=True),
+    ),
+    "reward": AlgorithmInfo(
+        name="reward",
+        target="diffusion_align.algorithms.reward_training:RewardTraining",
+        options="diffusion_align.algorithms.reward_options:RewardOptions",
+        description="fits a reward model to preferences or ratings: the last blocks, a head, all",
+        source="Bradley and Terry 1952; HPS v2, arXiv 2306.09341; PickScore, arXiv 2305.01569",
+        trains="reward",
     ),
 }
 

@@ -1,7 +1,8 @@
-"""Pure losses: tensors in, tensors out. The only clipped policy loss of the project is here.
+"""Pure losses: tensors in, tensors out. The project's only clipped policy loss and its only
+logistic preference loss are here.
 
-Diffusion and text algorithms call the same functions; nothing here knows of models, steps or
-configs. Everything is computed in float32 (float64 stays float64).
+Diffusion and text algorithms and reward training call the same functions; nothing here knows of
+models, steps or configs. Everything is computed in float32 (float64 stays float64).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ def clipped_policy_loss(
             f"{tuple(old_log_prob.shape)}, advantage {tuple(advantage.shape)}"
         )
     low, high = (1 - clip_range, 1 + clip_range) if isinstance(clip_range, float) else clip_range
-    log_ratio = _at_least_float32(log_prob) - _at_least_float32(old_log_prob.detach())
+    log_ratio = at_least_float32(log_prob) - at_least_float32(old_log_prob.detach())
     ratio = log_ratio.exp()
     advantage = advantage.to(ratio.dtype)
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(low, high)).mean()
@@ -67,5 +69,38 @@ def clipped_policy_loss(
     return loss, statistics
 
 
-def _at_least_float32(value: Tensor) -> Tensor:
+def logistic_preference_loss(margin: Tensor, label: Tensor | float = 1.0) -> Tensor:
+    """Cross-entropy of a choice between two under the Bradley-Terry model, item by item.
+
+        -label log sigmoid(margin) - (1 - label) log sigmoid(-margin)
+
+    Its gradient is sigmoid(margin) - label. At margin 0 it is ln 2 whatever the label; at a soft
+    label its least value is the label's entropy, not 0.
+
+    Args:
+        margin: [...] how much more the first of the two is liked, with a graph: a difference of
+            scores, or beta times one of implicit rewards (DPO).
+        label: probability in [0, 1] that the first is preferred; one number (1 - epsilon smooths
+            labels), or a tensor of margin's shape, which is taken without its graph.
+
+    Returns:
+        [...] of margin's shape, float32 (float64 where margin is).
+
+    *Source:* Bradley and Terry 1952; as a loss Christiano et al. 2017 (arXiv 1706.03741), equation
+    1, and Rafailov et al. 2023 (arXiv 2305.18290), equation 7.
+    """
+    margin = at_least_float32(margin)
+    if isinstance(label, Tensor):
+        if label.shape != margin.shape:
+            raise ValueError(
+                f"shapes differ: margin {tuple(margin.shape)}, label {tuple(label.shape)}"
+            )
+        label = label.detach().to(margin)
+    elif not 0 <= label <= 1:
+        raise ValueError(f"a label is a probability in [0, 1], not {label}")
+    return -label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin)
+
+
+def at_least_float32(value: Tensor) -> Tensor:
+    """The value in float32, or as it is where it is float64."""
     return value if value.dtype == torch.float64 else value.float()

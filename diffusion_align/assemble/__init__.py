@@ -1,9 +1,10 @@
 """The only place that turns resolved settings into objects: policy, rewards, algorithm, evaluation.
 
 `loading` makes single objects, `run` trains what a config describes and compares it with its
-beginning, `pictures` is about models and pictures that lie on disk. Rooms never see a config; here
-their constructors get plain arguments. Everything heavy is imported inside the functions, and the
-names below on first use (PEP 562), so that importing any of this costs nothing.
+beginning, `reward_run` trains a reward, `pictures` is about models and pictures that lie on disk.
+Rooms never see a config; here their constructors get plain arguments. Everything heavy is imported
+inside the functions, and the names below on first use (PEP 562), so that importing any of this
+costs nothing.
 """
 
 from __future__ import annotations
@@ -19,31 +20,38 @@ if TYPE_CHECKING:
         sample_pictures,
         score_pictures,
     )
+    from diffusion_align.assemble.reward_run import TrainedReward, load_judgements, train_reward
     from diffusion_align.assemble.run import TrainedRun, compare_run, train_run
 
 _HOMES = {
     "Drawing": "pictures",
+    "TrainedReward": "reward_run",
     "TrainedRun": "run",
     "compare_pictures": "pictures",
     "compare_run": "run",
+    "load_judgements": "reward_run",
     "load_policy": "loading",
     "load_rewards": "loading",
     "load_tuned": "loading",
     "sample_pictures": "pictures",
     "score_pictures": "pictures",
+    "train_reward": "reward_run",
     "train_run": "run",
 }
 
 __all__ = [
     "Drawing",
+    "TrainedReward",
     "TrainedRun",
     "compare_pictures",
     "compare_run",
+    "load_judgements",
     "load_policy",
     "load_rewards",
     "load_tuned",
     "sample_pictures",
     "score_pictures",
+    "train_reward",
     "train_run",
 ]
 

@@ -11,7 +11,7 @@ from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.base import Algorithm
-    from diffusion_align.config import RunConfig
+    from diffusion_align.config import RewardRunConfig, RunConfig
     from diffusion_align.data.prompts import Prompt
     from diffusion_align.evaluation.comparison import Comparison
     from diffusion_align.policy import Policy
@@ -55,6 +55,13 @@ def scored_with(config: RunConfig) -> list[str]:
     return list(dict.fromkeys([config.reward, *config.evaluation.rewards]))
 
 
+def trained_on(config: RunConfig) -> list[str]:
+    """Names of what the run learns from: its reward and, of a sum, every term."""
+    from reward_models.catalogue import components
+
+    return list(dict.fromkeys([config.reward, *components(config.reward)]))
+
+
 def load_algorithm(
     config: RunConfig, policy: Policy, reward: Reward, prompts: Sequence[Prompt]
 ) -> Algorithm[Any, Any]:
@@ -73,7 +80,9 @@ def load_algorithm(
     return algorithm
 
 
-def begin_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> RunFolder:
+def begin_run(
+    config: RunConfig | RewardRunConfig, *, resume: bool = False, new: bool = False
+) -> RunFolder:
     """The run's folder, opened, with the resolved config in it.
 
     Raises:
@@ -157,7 +166,7 @@ def compare_run(
         heldout_prompts(config),
         rewards=run.rewards,
         output=run.result.folder / "final",
-        trained_on=[config.reward],
+        trained_on=trained_on(config),
         seeds=options.seeds,
         sampling=evaluation_sampling(
             config.sampling, eta=options.eta, batch_size=options.batch_size

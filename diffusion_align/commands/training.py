@@ -1,10 +1,12 @@
-"""`demo` and `train`: a config becomes a run folder that ends with its report."""
+"""`demo` and `train`: a config becomes a run folder that ends with its report, or with a reward."""
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,8 +16,9 @@ from diffusion_align.commands.outputs import check_file, check_folder
 from diffusion_align.commands.progress import bar
 
 if TYPE_CHECKING:
-    from diffusion_align.assemble import TrainedRun
-    from diffusion_align.config import RunConfig
+    from diffusion_align.assemble import TrainedReward
+    from diffusion_align.config import RewardRunConfig, RunConfig
+    from diffusion_align.training.loop import TrainResult
 
 Overrides = Annotated[
     list[str] | None,
@@ -41,14 +44,21 @@ def train(
         str | None, typer.Option(metavar="DIR", help="Folder of the run (default: runs/CONFIG).")
     ] = None,
 ) -> None:
-    """Align a model as a config says, and compare it with the model it was.
+    """Align a model as a config says, and compare it with the model it was; or train a reward.
 
     Example: diffusion-align train demo train.steps=50 output=runs/mine
     """
-    from diffusion_align.config import load_config
+    from diffusion_align.config import RewardRunConfig, load_config
 
-    words = [*(overrides or []), *(["evaluation.report=false"] if no_compare else [])]
-    _run(load_config(config, _words(words, output)), resume=resume, new=new)
+    chosen = load_config(config, _words(overrides, output))
+    if isinstance(chosen, RewardRunConfig):
+        if no_compare:
+            typer.echo("--no-compare changes nothing here: a reward is not compared", err=True)
+        _run_reward(chosen, resume=resume, new=new)
+        return
+    if no_compare:
+        chosen = replace(chosen, evaluation=replace(chosen.evaluation, report=False))
+    _run(chosen, resume=resume, new=new)
 
 
 def demo(
@@ -56,12 +66,33 @@ def demo(
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Folder of the run.")
     ] = None,
+    reward: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="What is trained on (tiny-hps ...); other scorers are held out."
+        ),
+    ] = None,
 ) -> None:
     """Align the embedded model and prove it: offline, on a CPU, in minutes."""
     from diffusion_align.config import load_config
 
+    words = _words(overrides, out)
+    if reward is not None:
+        # Behind it come the person's own changes, which may name other held-out rewards.
+        heldout = ", ".join(_held_out_beside(reward))
+        words = [f"reward={reward}", f"evaluation.rewards=[{heldout}]", *words]
     # Whoever runs the demo again wants to see it again; an earlier one is put aside, never lost.
-    _run(load_config("demo", _words(overrides, out)), resume=False, new=True)
+    _run(load_config("demo", words), resume=False, new=True)
+
+
+def _held_out_beside(reward: str) -> list[str]:
+    """Scorers that share nothing with the trained one: another crowd's, and the truth."""
+    from reward_models.catalogue import check_name, components
+
+    check_name(reward)
+    trained = {name.lower() for name in components(reward)}
+    crowd = "tiny-hps" if "tiny-mps" in trained else "tiny-mps"
+    return [name for name in (crowd, "taste", "verifier") if name not in trained]
 
 
 def _words(overrides: list[str] | None, output: str | None) -> list[str]:
@@ -77,7 +108,7 @@ def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
         from diffusion_align.assemble import compare_run, train_run
 
         run = train_run(config, resume=resume, new=new)
-        _stop_if_interrupted(run, folder)
+        _stop_if_interrupted(run.result, folder)
         typer.echo(f"the tuned model: {final}")
         if not config.evaluation.report:
             return
@@ -95,7 +126,39 @@ def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
     print_verdict(comparison)
 
 
-def _check(config: RunConfig, folder: Path, *, resume: bool, new: bool) -> list[str]:
+def _run_reward(config: RewardRunConfig, *, resume: bool, new: bool) -> None:
+    """Train a reward, show how it agrees with what was held out, and say how it is used."""
+    folder = Path(str(config.output)).expanduser()
+    config.data.check_files()
+    _check(config, folder, resume=resume, new=new)
+    with _interruptible(folder, new=new):
+        from diffusion_align.assemble import train_reward
+
+        run = train_reward(config, resume=resume, new=new)
+        _stop_if_interrupted(run.result, folder)
+    _print_validations(run)
+    typer.echo(f"the trained reward: {run.file}")
+    command = shlex.join(["diffusion-align", "score", "PICTURES", "--reward", str(folder)])
+    typer.echo(f"use it:  {command}")
+
+
+def _print_validations(run: TrainedReward) -> None:
+    """One line for each validation; the one whose weights were kept is marked."""
+    history, best = run.training.history, run.training.best
+    if best is None:
+        typer.echo("nothing was held out: these are the last weights, of unknown quality")
+        return
+    names = [name for name in history[0] if name != "iteration"]
+    typer.echo("\t".join(["iteration", *(name.replace("_", " ") for name in names)]))
+    for entry in history:
+        numbers = [f"{entry.get(name, math.nan):.4f}" for name in names]
+        mark = ["kept"] if entry["iteration"] == best["iteration"] else []
+        typer.echo("\t".join([f"{entry['iteration']:g}", *numbers, *mark]))
+
+
+def _check(
+    config: RunConfig | RewardRunConfig, folder: Path, *, resume: bool, new: bool
+) -> list[str]:
     """Refuse what could not end well, before anything heavy is imported; nothing is changed yet.
 
     Returns:
@@ -126,10 +189,10 @@ def _check(config: RunConfig, folder: Path, *, resume: bool, new: bool) -> list[
 _ELSEWHERE = "choose another folder with output=..."
 
 
-def _stop_if_interrupted(run: TrainedRun, folder: Path) -> None:
+def _stop_if_interrupted(result: TrainResult, folder: Path) -> None:
     """After a first Ctrl-C the loop finished its step, saved, and came back."""
-    if run.result.interrupted:
-        typer.echo(f"stopped by Ctrl-C at step {run.result.steps}, all of it saved", err=True)
+    if result.interrupted:
+        typer.echo(f"stopped by Ctrl-C at step {result.steps}, all of it saved", err=True)
         typer.echo(_how_to_go_on(folder), err=True)
         raise typer.Exit(130)
 

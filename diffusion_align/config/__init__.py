@@ -19,13 +19,19 @@ from diffusion_align.config.load import (
 )
 from diffusion_align.config.problems import ConfigError, Problem
 from diffusion_align.config.resuming import changes_on_resume
-from diffusion_align.config.sections import AlgorithmChoice, PromptOptions, RunConfig
+from diffusion_align.config.sections import (
+    AlgorithmChoice,
+    PromptOptions,
+    RewardRunConfig,
+    RunConfig,
+)
 
 __all__ = [
     "AlgorithmChoice",
     "ConfigError",
     "Problem",
     "PromptOptions",
+    "RewardRunConfig",
     "RunConfig",
     "changes_on_resume",
     "config_names",

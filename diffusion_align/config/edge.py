@@ -128,7 +128,7 @@ def edge_type(annotation: Any) -> Any:
     if annotation in _READERS:
         return _READERS[annotation]
     if isinstance(annotation, type) and is_dataclass(annotation):
-        return edge_model(annotation)
+        return _section_model(annotation)
     origin, members = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         spelled = {str(member): member for member in members}
@@ -146,6 +146,12 @@ def edge_type(annotation: Any) -> Any:
     if origin is list:
         return list[edge_type(members[0])]  # type: ignore[misc]
     return annotation
+
+
+@cache
+def _section_model(options: type) -> type[BaseModel]:
+    """One model for each dataclass, so that the schema defines it once."""
+    return edge_model(options)
 
 
 def _truth(word: Any) -> Any:

@@ -8,23 +8,28 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, Union, cast
 
 import yaml
 from pydantic import create_model
+from pydantic.json_schema import models_json_schema
 
 from diffusion_align.algorithms import catalogue
 from diffusion_align.config import edge, rules, validate
 from diffusion_align.config.problems import ConfigError, Place, Problem, shown
-from diffusion_align.config.sections import AlgorithmChoice, RunConfig
+from diffusion_align.config.sections import ROOTS, AlgorithmChoice, RewardRunConfig, RunConfig
 from diffusion_align.config.source import Node, apply_override, merged, read_file
 from diffusion_align.errors import UserError, did_you_mean
 
 MAX_BASES = 8
+AnyConfig = RunConfig | RewardRunConfig
 
 
-def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Any:
     """The resolved config of a name in `configs/` or a path, with `key=value` overrides.
+
+    Returns:
+        `RunConfig`, or `RewardRunConfig` where its algorithm trains a reward.
 
     Raises:
         ConfigError: every problem at once, each with file, line, key and what to do.
@@ -37,7 +42,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     rules.apply(reading, root)
     if reading.problems:
         raise ConfigError(reading.problems)
-    config = RunConfig(**reading.sections)
+    config = cast("AnyConfig", reading.root(**reading.sections))
     return config if config.output else replace(config, output=str(Path("runs") / path.stem))
 
 
@@ -87,14 +92,14 @@ def copy_config(name: str, destination: str | Path | None = None) -> Path:
     return target
 
 
-def to_yaml(config: RunConfig) -> str:
+def to_yaml(config: AnyConfig) -> str:
     """A resolved config as YAML, each key explained; it loads back to the same config."""
     lines = []
     for option in fields(config):
         value = getattr(config, option.name)
         options = value.options if isinstance(value, AlgorithmChoice) else value
         if edge.sections_of(type(options)) is None:
-            lines.append(_line(RunConfig, option.name, value, ""))
+            lines.append(_line(type(config), option.name, value, ""))
             continue
         lines.append(f"\n{option.name}:")
         if isinstance(value, AlgorithmChoice):
@@ -104,7 +109,7 @@ def to_yaml(config: RunConfig) -> str:
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def differences(before: RunConfig, after: RunConfig) -> list[str]:
+def differences(before: AnyConfig, after: AnyConfig) -> list[str]:
     """`key: old -> new` of every key in which two configs differ, in the order of the sections."""
     old, new = _flat(asdict(before)), _flat(asdict(after))
     keys = dict.fromkeys([*old, *new])
@@ -116,15 +121,30 @@ def differences(before: RunConfig, after: RunConfig) -> list[str]:
 
 
 def json_schema() -> str:
-    """JSON Schema of a config file, for editors."""
-    sections = [validate.algorithm_edge(row) for row in catalogue.ALGORITHMS.values()]
-    algorithm: Any = Union[tuple(sections)]  # noqa: UP007 - built at run time
-    root = edge.edge_model(RunConfig, algorithm=algorithm)
-    base: Any = (str | None, edge.EdgeField(default=None, description="config to inherit from"))
-    schema = create_model("config", __base__=root, base=base).model_json_schema()
+    """JSON Schema of a config file, for editors: one definition for each kind of config."""
+    roots = {kind: _root_model(kind) for kind in ROOTS}
+    _, defined = models_json_schema([(root, "validation") for root in roots.values()])
+    rewards = [row.name for row in catalogue.ALGORITHMS.values() if row.trains == "reward"]
+    named = {"required": ["name"], "properties": {"name": {"enum": rewards}}}
     return json.dumps(
-        {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}, indent=2
+        {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "if": {"required": ["algorithm"], "properties": {"algorithm": named}},
+            "then": {"$ref": f"#/$defs/{roots['reward'].__name__}"},
+            "else": {"$ref": f"#/$defs/{roots['policy'].__name__}"},
+            **defined,
+        },
+        indent=2,
     )
+
+
+def _root_model(kind: str) -> Any:
+    """The edge model of a whole config file that trains a policy, or a reward."""
+    rows = [row for row in catalogue.ALGORITHMS.values() if row.trains == kind]
+    algorithm: Any = Union[tuple(map(validate.algorithm_edge, rows))]  # noqa: UP007 - at run time
+    root = edge.edge_model(ROOTS[kind], algorithm=algorithm)
+    base: Any = (str | None, edge.EdgeField(default=None, description="config to inherit from"))
+    return create_model(f"{kind}_config", __base__=root, base=base)
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:

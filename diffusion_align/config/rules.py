@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from diffusion_align.config.sections import RewardRunConfig, RunConfig
 from diffusion_align.config.source import Node
 from diffusion_align.config.validate import ALGORITHM, Reading
-from diffusion_align.errors import OptionError, UserError
+from diffusion_align.data.judgement_options import CROWDS, SMALL_WORLD
+from diffusion_align.errors import OptionError, UserError, did_you_mean
 
 # What every random generator below takes.
 MAX_SEED = 2**63 - 1
@@ -30,7 +32,7 @@ class Rule:
 
 def apply(reading: Reading, root: Node) -> None:
     """Ask every rule whose keys are in order; findings join the reading's problems."""
-    for rule in RULES:
+    for rule in RULES_OF[reading.root]:
         if all(_trusted(reading, key) for key in rule.reads):
             for key, what, hint in rule.check(reading.sections):
                 reading.report(root.find(key).place, key, what, hint)
@@ -98,6 +100,46 @@ def _dropout(sections: Mapping[str, Any]) -> Iterator[Finding]:
         )
 
 
+def _start(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from reward_models import catalogue
+
+    name = sections["reward"].start
+    if name in catalogue.TOWERS:
+        return
+    try:
+        catalogue.check_name(name)
+    except catalogue.RewardError as error:
+        near = did_you_mean(name, catalogue.TOWERS)
+        hint = f"did you mean {near} ?   " if near else ""
+        yield "reward.start", error.what, f"{hint}Towers: {', '.join(catalogue.TOWERS)}"
+
+
+def _judgements(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    data = sections["data"]
+    if data.crowd is not None:
+        if data.crowd not in CROWDS:
+            near = did_you_mean(data.crowd, CROWDS)
+            known = ", ".join(f"{SMALL_WORLD}{name}" for name in CROWDS)
+            hint = f"did you mean  {SMALL_WORLD}{near} ?" if near else f"known: {known}"
+            yield "data.source", f"unknown crowd {data.crowd!r}", hint
+        return
+    if data.pictures is None and data.file_kind == "ava":
+        yield "data.pictures", "missing", "AVA.txt names pictures by number: give their folder"
+
+
+def _loss(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    loss, judged = sections[ALGORITHM].options.loss, sections["data"].judged
+    if loss is not None and (loss == "regression") != (judged == "ratings"):
+        fits = "regression" if judged == "ratings" else "soft-label or bradley-terry"
+        yield f"{ALGORITHM}.loss", f"{loss} does not learn from {judged}", f"for {judged}: {fits}"
+
+
+def _head(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    head = sections["reward"].head
+    if sections[ALGORITHM].options.loss == "regression" and head in ("cosine", "cross"):
+        yield "reward.head", f"a {head} head gives no ratings", "set reward.head=regression"
+
+
 def _asked(key: str, question: Callable[[], object]) -> Iterator[Finding]:
     """What another room answers to `question`, as a finding where it refuses."""
     try:
@@ -140,3 +182,14 @@ RULES = (
     Rule(("lora.dropout",), _dropout),
     Rule((*_MINIBATCHES, "train.accumulation"), _accumulation),
 )
+
+REWARD_RULES = (
+    Rule(("reward.start",), _start),
+    Rule(("data.source", "data.kind", "data.pictures"), _judgements),
+    Rule(("algorithm.loss", "data.source", "data.kind"), _loss),
+    Rule(("algorithm.loss", "reward.head"), _head),
+    Rule(("seed",), _seed),
+    Rule((f"{ALGORITHM}.batches_per_iteration", "train.accumulation"), _accumulation),
+)
+
+RULES_OF = {RunConfig: RULES, RewardRunConfig: REWARD_RULES}

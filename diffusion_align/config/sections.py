@@ -1,8 +1,9 @@
-"""The sections of a config: one frozen dataclass per run, made of the rooms' own options.
+"""The sections of a config: one frozen dataclass per kind of run, made of the rooms' own options.
 
-    model, lora, prompts, sampling, reward, algorithm, train, evaluation, seed, output
+    a policy:  model, lora, prompts, sampling, reward, algorithm, train, evaluation, seed, output
+    a reward:  reward, data, algorithm, train, seed, output
 
-Importing this file imports no torch.
+Which of them a file is, its `algorithm.name` says. Importing this file imports no torch.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusion_align.algorithms.catalogue import ALGORITHMS
+from diffusion_align.algorithms.reward_options import RewardStart
+from diffusion_align.data.judgement_options import JudgementOptions
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.policy.options import LoRAOptions, ModelOptions
 from diffusion_align.sampling.options import SamplingOptions
@@ -60,3 +64,30 @@ class RunConfig:
     output: str | None = field(
         default=None, metadata={"doc": "folder of the run; null = runs/<name of the config>"}
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRunConfig:
+    """A resolved config of reward training."""
+
+    reward: RewardStart = field(default_factory=RewardStart)
+    data: JudgementOptions
+    algorithm: AlgorithmChoice = field(metadata={"doc": "name of an algorithm, and its options"})
+    train: TrainOptions = field(default_factory=TrainOptions)
+    seed: int = field(default=0, metadata={"doc": "seed of the run, 0 to 2**63 - 1"})
+    output: str | None = field(
+        default=None, metadata={"doc": "folder of the run; null = runs/<name of the config>"}
+    )
+
+
+# What an algorithm of the catalogue trains -> the sections of its config.
+ROOTS: dict[str, type[RunConfig] | type[RewardRunConfig]] = {
+    "policy": RunConfig,
+    "reward": RewardRunConfig,
+}
+
+
+def root_of(algorithm: object) -> type[RunConfig] | type[RewardRunConfig]:
+    """The kind of config that an algorithm's name asks for; a policy's where it is unknown."""
+    row = ALGORITHMS.get(algorithm) if isinstance(algorithm, str) else None
+    return ROOTS[row.trains] if row else RunConfig

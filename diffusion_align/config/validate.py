@@ -1,4 +1,4 @@
-"""From a tree of texts to the sections of a `RunConfig`, collecting every problem on the way.
+"""From a tree of texts to the sections of a config, collecting every problem on the way.
 
 A key that is wrong is reported and dropped, the rest is read on: one mistake never hides the next.
 The rules that look at several keys together (`rules`) are asked last, and only about keys that are
@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 from diffusion_align.algorithms import catalogue
 from diffusion_align.config import edge
 from diffusion_align.config.problems import Place, Problem
-from diffusion_align.config.sections import AlgorithmChoice, RunConfig
+from diffusion_align.config.sections import AlgorithmChoice, RunConfig, root_of
 from diffusion_align.config.source import Node
 from diffusion_align.errors import OptionError, did_you_mean
 
@@ -29,9 +29,10 @@ class Reading:
     """What came of a tree: the sections that could be built, the problems, and the keys in doubt.
 
     `bad` keys are wrong and read no further; `meant` keys were probably meant by a mistyped one, so
-    that their values are not to be trusted either.
+    that their values are not to be trusted either. `root` is the dataclass of the whole config.
     """
 
+    root: type = RunConfig
     sections: dict[str, Any] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     bad: set[str] = field(default_factory=set)
@@ -45,9 +46,13 @@ class Reading:
 
 def read(root: Node) -> Reading:
     """Read every section of `root`; nothing is raised."""
-    reading = Reading(problems=list(root.problems), bad={p.key for p in root.problems})
+    reading = Reading(
+        root=_root_type(root),
+        problems=list(root.problems),
+        bad={p.key for p in root.problems},
+    )
     written = root.value if isinstance(root.value, dict) else {}
-    known = {option.name: option for option in fields(RunConfig)}
+    known = {option.name: option for option in fields(reading.root)}
     for name, node in written.items():
         if name not in known:
             _unknown(reading, node.place, name, "", _algorithm_options(root))
@@ -58,14 +63,23 @@ def read(root: Node) -> Reading:
         elif (default := edge.default_of(option)) is not MISSING:
             reading.sections[name] = default
         elif name not in reading.meant:
-            kind = "section" if edge.sections_of(section_type(name)) else "key"
-            reading.report(Place(root.place.file), name, f"missing {kind}", _describe_section(name))
+            kind = "section" if edge.sections_of(section_type(reading.root, name)) else "key"
+            hint = _describe_section(reading.root, name)
+            reading.report(Place(root.place.file), name, f"missing {kind}", hint)
     return reading
 
 
-def section_type(name: str) -> Any:
-    """The annotation of a section of `RunConfig`."""
-    return edge.declared_types(RunConfig)[name]
+def section_type(root: type, name: str) -> Any:
+    """The annotation of a section of the config `root`."""
+    return edge.declared_types(root)[name]
+
+
+def _root_type(root: Node) -> type:
+    """The kind of config that a tree is meant to be, by the algorithm that it names."""
+    named = root.find(f"{ALGORITHM}.name").value
+    if isinstance(named, str) and named not in catalogue.ALGORITHMS:
+        named = did_you_mean(named, catalogue.names())
+    return root_of(named)
 
 
 def algorithm_edge(info: catalogue.AlgorithmInfo) -> type[BaseModel]:
@@ -77,16 +91,16 @@ def algorithm_edge(info: catalogue.AlgorithmInfo) -> type[BaseModel]:
     return create_model(f"{info.name}_section", __base__=base, **named)
 
 
-def keys(algorithm: type | None) -> dict[str, tuple[type, str]]:
+def keys(root: type, algorithm: type | None) -> dict[str, tuple[type, str]]:
     """Every dotted key a config may have -> (the dataclass and the field that declare it)."""
     found: dict[str, tuple[type, str]] = {}
-    for option in fields(RunConfig):
-        inner = edge.sections_of(section_type(option.name))
+    for option in fields(root):
+        inner = edge.sections_of(section_type(root, option.name))
         if option.name == ALGORITHM:
             found[f"{ALGORITHM}.name"] = (AlgorithmChoice, "name")
             inner = algorithm
         elif inner is None:
-            found[option.name] = (RunConfig, option.name)
+            found[option.name] = (root, option.name)
         if inner is not None:
             for below in fields(inner):
                 found[f"{option.name}.{below.name}"] = (inner, below.name)
@@ -112,8 +126,8 @@ def spelled(value: Any) -> str:
 
 
 @cache
-def _adapter(name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(edge.edge_type(section_type(name)))
+def _adapter(root: type, name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(edge.edge_type(section_type(root, name)))
 
 
 @cache
@@ -122,8 +136,7 @@ def _algorithm_adapter(name: str) -> TypeAdapter[Any]:
 
 
 def _section(reading: Reading, root: Node, name: str, node: Node) -> None:
-    declared = section_type(name)
-    options = edge.sections_of(declared)
+    options = edge.sections_of(section_type(reading.root, name))
     if name == ALGORITHM:
         info = _algorithm(reading, node)
         if info is None:
@@ -131,7 +144,7 @@ def _section(reading: Reading, root: Node, name: str, node: Node) -> None:
         options = catalogue.load(info.options)
         adapter = _algorithm_adapter(info.name)
     else:
-        adapter = _adapter(name)
+        adapter = _adapter(reading.root, name)
     if options is not None and not isinstance(node.value, dict) and node.value is not None:
         one = next(iter(edge.declared_types(options)))
         reading.report(
@@ -181,7 +194,7 @@ def _fault(reading: Reading, root: Node, name: str, options: type | None, fault:
             reading, place, key, name, options if name == ALGORITHM else _algorithm_options(root)
         )
         return
-    owner, leaf = (options, str(path[0])) if options is not None and path else (RunConfig, name)
+    owner, leaf = (options, str(path[0])) if options is not None and path else (reading.root, name)
     if fault["type"] == "missing":
         if key not in reading.meant:
             reading.report(place, key, "missing", _document(owner, leaf))
@@ -265,8 +278,9 @@ def _unknown(
     reading: Reading, place: Place, key: str, section: str, algorithm: type | None
 ) -> None:
     """Report an unknown key with the one it was meant to be, in this section or in another."""
-    known = keys(algorithm)
-    close = list(_intended(key, section, known))
+    known = keys(reading.root, algorithm)
+    sections = [option.name for option in fields(reading.root)]
+    close = list(_intended(key, section, known, sections))
     if close:
         hint = "\n".join(
             f"did you mean  {k} ?   {describe(*known[k]) if k in known else '(section)'}"
@@ -274,13 +288,15 @@ def _unknown(
         )
     else:
         inside = [k.removeprefix(f"{section}.") for k in known if k.startswith(f"{section}.")]
-        names = inside if section else [option.name for option in fields(RunConfig)]
+        names = inside if section else sections
         hint = f"known here: {', '.join(names)}"
     reading.report(place, key, "unknown key", hint)
     reading.meant.update(close)
 
 
-def _intended(key: str, section: str, known: dict[str, tuple[type, str]]) -> Iterator[str]:
+def _intended(
+    key: str, section: str, known: dict[str, tuple[type, str]], sections: list[str]
+) -> Iterator[str]:
     leaf = key.rpartition(".")[2]
     exact = [k for k in known if k.rpartition(".")[2] == leaf]
     if exact:
@@ -291,19 +307,19 @@ def _intended(key: str, section: str, known: dict[str, tuple[type, str]]) -> Ite
         near = did_you_mean(leaf, [k.rpartition(".")[2] for k in inside])
         yield from [f"{section}.{near}"] if near else []
         return
-    names = {option.name: option.name for option in fields(RunConfig)}
+    names = {name: name for name in sections}
     # A section of that name is nearer than a key inside another section.
     candidates = {k.rpartition(".")[2]: k for k in known} | names
     if near := did_you_mean(leaf, candidates):
         yield candidates[near]
 
 
-def _describe_section(name: str) -> str:
-    options = edge.sections_of(section_type(name))
+def _describe_section(root: type, name: str) -> str:
+    options = edge.sections_of(section_type(root, name))
     if name == ALGORITHM:
         return f"write algorithm.name: one of {', '.join(catalogue.names())}"
     if options is None:
-        return _document(RunConfig, name)
+        return _document(root, name)
     return f"write {name}: with {', '.join(option.name for option in fields(options))} below it"
 
 

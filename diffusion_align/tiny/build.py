@@ -1,8 +1,9 @@
 """Rebuild an embedded model from nothing: ``python -m diffusion_align.tiny.build NAME``.
 
-NAME is ``tiny-sd``, ``tiny-clip`` (the tower with the head ``tiny-aesthetic``; it learns from
-samples of ``tiny-sd``, so that comes first) or ``quality`` (measure what is shipped). Every
-training is seeded and goes on from its checkpoint in ``--work`` when it was interrupted.
+NAME is ``tiny-sd``, ``tiny-clip`` (it learns from samples of ``tiny-sd``, so that comes first),
+``rewards`` (tiny-aesthetic, tiny-hps and tiny-mps on that tower) or ``quality`` (measure what is
+shipped). Every training is seeded and goes on from its checkpoint in ``--work`` when it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -12,26 +13,29 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from open_clip.model import CLIP
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import reward_models
 from diffusion_align.policy.catalogue import MODELS
 from diffusion_align.tiny import clip as tiny_clip
-from diffusion_align.tiny.quality import (
-    measure_aesthetic,
-    measure_clip,
-    measure_sd,
-    measure_vae,
-    sample,
+from diffusion_align.tiny.quality import measure_clip, measure_sd, measure_vae
+from diffusion_align.tiny.rewards import (
+    SAMPLED_CAPTIONS,
+    TWINS,
+    drawn_samples,
+    judgements_for,
+    measure_twin,
+    train_twin,
 )
 from diffusion_align.tiny.sd import train_sd
 from diffusion_align.tiny.vae import train_vae
-from reward_models.small_world import captions
+from reward_models.small_world import HPS_CROWD, judged_pairs
 
 TINY_SD = Path(MODELS["tiny-sd"].source)
 ASSETS = Path(reward_models.__file__).parent / "assets"
@@ -67,20 +71,24 @@ def write_checksums(folder: Path, listing: Path) -> None:
     listing.write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def build_tiny_clip(work: Path, *, count: int = 30_000, sampled: int = 4000) -> None:
-    """The tower on pictures of every kind, then the head on its frozen fp16 features."""
-    pipeline = shipped_pipeline()
-    guidance = MODELS["tiny-sd"].guidance_scale
-    texts = captions(sampled, 31, "train")
-    samples = sample(pipeline, texts, guidance_scale=guidance, seed=31)
-    judged = tiny_clip.judged_pictures(count, 31, "train", (samples, texts))
-    clip = tiny_clip.train_clip(work, judged)
+def build_tiny_clip(work: Path) -> None:
+    """The tower, on pictures of every kind."""
+    samples = drawn_samples(shipped_pipeline(), work, "train", SAMPLED_CAPTIONS, seed=51)
+    # Whichever crowd is asked: the tower learns the truth of the pictures, nobody's choices.
+    clip = tiny_clip.train_clip(work, judged_pairs(55_000, 31, "train", HPS_CROWD, samples))
     ASSETS.mkdir(exist_ok=True)
     (ASSETS / "tiny-clip.json").write_text(json.dumps(tiny_clip.CONFIG, indent=1) + "\n")
     save_file(sparse_tokens(clip), ASSETS / "tiny-clip.safetensors")
-    head = tiny_clip.train_aesthetic(work, shipped_tower(), judged)
-    halves = {name: value.half().contiguous() for name, value in head.state_dict().items()}
-    save_file(halves, ASSETS / "tiny-aesthetic.safetensors")
+    write_checksums(ASSETS, ASSETS / "SHA256SUMS")
+
+
+def build_rewards(work: Path) -> None:
+    """The three rewards on the shipped tower."""
+    pipeline = shipped_pipeline()
+    samples = drawn_samples(pipeline, work, "train", SAMPLED_CAPTIONS, seed=51)
+    for name in TWINS:
+        judged = judgements_for(name, samples)
+        train_twin(name, work, judged, ASSETS / f"{name}.safetensors")
     write_checksums(ASSETS, ASSETS / "SHA256SUMS")
 
 
@@ -113,27 +121,17 @@ def shipped_tower() -> CLIP:
     return clip.eval()
 
 
-def shipped_head() -> nn.Module:
-    """``tiny-aesthetic``'s head as users get it."""
-    head = tiny_clip.Head(tiny_clip.WIDTH)
-    weights = load_file(ASSETS / "tiny-aesthetic.safetensors")
-    head.load_state_dict({name: value.float() for name, value in weights.items()})
-    return head.eval()
-
-
 def quality() -> dict[str, object]:
     """Measure every shipped model on held-out captions and pictures."""
     pipeline, tower = shipped_pipeline(), shipped_tower()
-    guidance = MODELS["tiny-sd"].guidance_scale
-    texts = captions(512, 32, "heldout")
-    samples = sample(pipeline, texts, guidance_scale=guidance, seed=32)
-    judged = tiny_clip.judged_pictures(2048, 32, "heldout", (samples, texts))
-    return {
+    found: dict[str, object] = {
         "vae": asdict(measure_vae(pipeline.vae)),
-        "tiny-sd": asdict(measure_sd(pipeline, guidance_scale=guidance)),
+        "tiny-sd": asdict(measure_sd(pipeline, guidance_scale=MODELS["tiny-sd"].guidance_scale)),
         "tiny-clip": measure_clip(tower),
-        "tiny-aesthetic": asdict(measure_aesthetic(tower, shipped_head(), judged)),
     }
+    with TemporaryDirectory() as folder:
+        samples = drawn_samples(pipeline, Path(folder), "heldout", 256, seed=52)
+    return found | {name: asdict(measure_twin(name, samples, count=4096)) for name in TWINS}
 
 
 def main() -> None:
@@ -141,13 +139,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m diffusion_align.tiny.build", description=__doc__
     )
-    parser.add_argument("name", choices=["tiny-sd", "tiny-clip", "quality"])
+    parser.add_argument("name", choices=["tiny-sd", "tiny-clip", "rewards", "quality"])
     parser.add_argument("--work", type=Path, default=Path("tiny-build"), help="checkpoints")
     arguments = parser.parse_args()
     if arguments.name == "tiny-sd":
         build_tiny_sd(arguments.work)
     elif arguments.name == "tiny-clip":
         build_tiny_clip(arguments.work)
+    elif arguments.name == "rewards":
+        build_rewards(arguments.work)
     else:
         print(json.dumps(quality(), indent=2))
 

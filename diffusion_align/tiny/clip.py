@@ -1,10 +1,10 @@
-"""``tiny-clip`` and the head ``tiny-aesthetic``: reward models of the small world.
+"""``tiny-clip``: the tower that every reward model of the small world stands on.
 
-The tower is open_clip's CLIP class. It learns from renders, spoiled renders and samples of
+The tower is open_clip's CLIP class. It learns from renders, spoiled and wrong ones, and samples of
 ``tiny-sd`` to tell the true caption from those of other pictures and from captions with one wrong
-word (contrastive loss, Radford et al. 2021, with hard negatives), and beside that to feel the
-aesthetic crowd's ratings, so that its features hold what all heads need. The shipped head is fitted
-afterwards on the frozen features, as the LAION predictors were.
+word (contrastive loss, Radford et al. 2021, with hard negatives), and beside that how many claims
+of a caption hold, how neat a picture is and how deep its colours are, so that its features hold
+what all heads need. The rewards on it are trained afterwards, on crowds (`rewards`).
 """
 
 from __future__ import annotations
@@ -19,17 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diffusion_align.tiny.fit import fit
-from reward_models.small_world import (
-    AESTHETIC_CROWD,
-    Caption,
-    change_one_attribute,
-    parse_caption,
-    random_caption,
-    random_scene,
-    render,
-    taste,
-)
-from reward_models.small_world.corrupt import corrupt
+from reward_models.small_world import JudgedPairs, change_one_attribute, parse_caption
 from reward_models.small_world.grammar import (
     BACKGROUNDS,
     COLOURS,
@@ -40,8 +30,7 @@ from reward_models.small_world.grammar import (
     SIZES,
 )
 
-TOWER_STEPS = 5200
-HEAD_STEPS = 3000
+TOWER_STEPS = 3000
 WIDTH = 96
 CONFIG: dict[str, object] = {
     "embed_dim": WIDTH,
@@ -68,47 +57,9 @@ _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
 _STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
 
 
-class Judged:
-    """Pictures uint8 [N, 3, 64, 64] with captions and the crowd's noiseless and noisy ratings."""
-
-    def __init__(self, images: np.ndarray, wanted: list[Caption]) -> None:
-        self.images = torch.from_numpy(images)
-        self.captions = wanted
-        tasted = [
-            taste(image / 255, caption) for image, caption in zip(images, wanted, strict=True)
-        ]
-        opinions = np.asarray([AESTHETIC_CROWD.opinion(item) for item in tasted])
-        self.opinions = torch.from_numpy(opinions).float()
-        self.ratings = torch.from_numpy(AESTHETIC_CROWD.rate(opinions)).float()
-
-    def pixels(self, indices: Tensor) -> Tensor:
-        """Normalised float32 [n, 3, 64, 64] as the tower takes them."""
-        return (self.images[indices].float() / 255 - _MEAN) / _STD
-
-
-def judged_renders(texts: list[str], seed: int) -> Judged:
-    """One clean render for each caption."""
-    rng = np.random.default_rng(np.random.Philox(key=seed))
-    wanted = [parse_caption(text) for text in texts]
-    images = np.stack([render(random_scene(caption, rng)) for caption in wanted])
-    return Judged(np.round(images * 255).astype(np.uint8), wanted)
-
-
-def judged_pictures(
-    count: int, seed: int, split: str, samples: tuple[Tensor, list[str]] | None
-) -> Judged:
-    """Renders, half of them spoiled, then ``samples`` (pictures in [0, 1] and their captions)."""
-    rng = np.random.default_rng(np.random.Philox(key=seed))
-    images, wanted = [], []
-    for i in range(count):
-        caption = random_caption(rng, split)  # type: ignore[arg-type]
-        picture = render(random_scene(caption, rng))
-        images.append(corrupt(picture, rng) if i % 2 else picture)
-        wanted.append(caption)
-    if samples is not None:
-        images += list(samples[0].numpy())
-        wanted += [parse_caption(text) for text in samples[1]]
-    return Judged(np.round(np.stack(images) * 255).astype(np.uint8), wanted)
+def pixels(images: np.ndarray, indices: Tensor) -> Tensor:
+    """Normalised float32 [n, 3, 64, 64], as the tower takes them, of uint8 [N, 3, 64, 64]."""
+    return (torch.from_numpy(images)[indices].float() / 255 - _MEAN) / _STD
 
 
 def new_clip() -> CLIP:
@@ -128,40 +79,56 @@ def used_tokens() -> Tensor:
     return open_clip.get_tokenizer("ViT-B-32")([text]).unique()
 
 
-def train_clip(work: Path, judged: Judged, *, seed: int = 3, batch: int = 64) -> CLIP:
-    """Train the tower; resumable from ``work``."""
+def train_clip(
+    work: Path, judged: JudgedPairs, *, start: CLIP | None = None, seed: int = 3, batch: int = 96
+) -> CLIP:
+    """Train the tower on both pictures of all pairs; resumable from ``work``.
+
+    No crowd's answers are looked at, only what is true of the pictures.
+
+    Args:
+        start: the tower to go on from; None begins with an untrained one.
+    """
     torch.manual_seed(seed)
-    clip = new_clip()
-    # Only for training: makes the features hold what raters see. Each head is fitted later.
-    clip.add_module("rater", nn.Sequential(nn.Linear(WIDTH, 128), nn.ReLU(), nn.Linear(128, 1)))
+    clip = start or new_clip()
+    # Only for training: the features must hold how neat a picture is and how deep its colours.
+    clip.add_module("parts", nn.Sequential(nn.Linear(WIDTH, 128), nn.ReLU(), nn.Linear(128, 2)))
+    clip.register_parameter("claims", nn.Parameter(torch.tensor([4.0, -1.0])))
+    images = np.concatenate([judged.first, judged.second])
+    captions = [*judged.captions, *judged.captions]
+    tasted = [*judged.tasted_first, *judged.tasted_second]
+    claims = torch.tensor([item.claims for item in tasted])
+    parts = torch.tensor([[item.neatness, item.palette] for item in tasted])
+    centre, spread = parts.mean(dim=0), parts.std(dim=0)
     tokenize = open_clip.get_tokenizer("ViT-B-32")
-    true = tokenize([str(caption) for caption in judged.captions])[:, :_TOKENS]
     rng = np.random.default_rng(np.random.Philox(key=seed))
-    wrong = torch.stack(
-        [
-            tokenize([str(change_one_attribute(c, rng)) for c in judged.captions])[:, :_TOKENS]
-            for _ in range(2 * _NEGATIVES)
-        ],
-        dim=1,
-    )
-    centre, spread = judged.ratings.mean(), judged.ratings.std()
+    parsed = [parse_caption(text) for text in judged.captions]
+    true = tokenize(judged.captions)[:, :_TOKENS].repeat(2, 1)
+    changed = [
+        tokenize([str(change_one_attribute(caption, rng)) for caption in parsed])[:, :_TOKENS]
+        for _ in range(2 * _NEGATIVES)
+    ]
+    wrong = torch.stack(changed, dim=1).repeat(2, 1, 1)
 
     def step(generator: torch.Generator) -> Tensor:
-        indices = torch.randint(len(judged.captions), (batch,), generator=generator)
+        indices = torch.randint(len(captions), (batch,), generator=generator)
         chosen = torch.randperm(2 * _NEGATIVES, generator=generator)[:_NEGATIVES]
-        image = clip.encode_image(judged.pixels(indices), normalize=True)
+        image = clip.encode_image(pixels(images, indices), normalize=True)
         texts = torch.cat([true[indices], wrong[indices][:, chosen].flatten(0, 1)])
         text = encode_short(clip, texts)
         scale = clip.logit_scale.exp().clamp(max=100)
         own, others = text[:batch], text[batch:].unflatten(0, (batch, _NEGATIVES))
-        logits = scale * image @ own.T
+        cosine = image @ own.T
         hard = scale * torch.einsum("bd,bnd->bn", image, others)
-        labels = torch.arange(batch)
-        contrast = F.cross_entropy(torch.cat([logits, hard], 1), labels)
-        contrast = (contrast + F.cross_entropy(logits.T, labels)) / 2
-        felt = clip.rater(image).squeeze(1)
-        rating = (judged.ratings[indices] - centre) / spread
-        return contrast + F.mse_loss(felt, rating)
+        # A picture that breaks its caption is no example of it, only of how much of it holds.
+        holds = (claims[indices] == 1).nonzero().flatten()
+        logits = scale * cosine
+        contrast = F.cross_entropy(torch.cat([logits, hard], 1)[holds], holds)
+        contrast = (contrast + F.cross_entropy(logits.T[holds], holds)) / 2
+        factor, offset = clip.claims
+        held = F.mse_loss(factor * cosine.diagonal() + offset, claims[indices])
+        felt = F.mse_loss(clip.parts(image), (parts[indices] - centre) / spread)
+        return contrast + 10 * held + felt
 
     fit(
         clip,
@@ -172,7 +139,7 @@ def train_clip(work: Path, judged: Judged, *, seed: int = 3, batch: int = 64) ->
         seed=seed,
         ema_decay=0.998,
     )
-    del clip.rater
+    del clip.parts, clip.claims
     return clip
 
 
@@ -190,48 +157,7 @@ def encode_short(clip: CLIP, tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def features(clip: CLIP, judged: Judged) -> Tensor:
-    """L2-normalised image features float32 [N, 96]."""
-    parts = torch.arange(len(judged.captions)).split(256)
-    return torch.cat([clip.encode_image(judged.pixels(p), normalize=True) for p in parts])
-
-
-class Head(nn.Module):
-    """The layout of LAION's ReLU head (``ava+logos-l14-reluMSE``), with narrower layers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            *(nn.Linear(width, 128), nn.ReLU(), nn.Dropout(0.1)),
-            *(nn.Linear(128, 64), nn.ReLU(), nn.Dropout(0.1)),
-            *(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1)),
-            *(nn.Linear(32, 16), nn.ReLU()),
-            nn.Linear(16, 1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Ratings [n] of features [n, width]."""
-        return self.layers(x).squeeze(1)
-
-
-def train_aesthetic(work: Path, clip: CLIP, judged: Judged, *, seed: int = 4) -> Head:
-    """Fit the head to the crowd's noisy ratings on frozen features."""
-    torch.manual_seed(seed)
-    head, x = Head(WIDTH), features(clip, judged)
-    # Starting at the mean rating spares the head from learning it.
-    nn.init.constant_(head.layers[-1].bias, float(judged.ratings.mean()))  # type: ignore[arg-type]
-
-    def step(generator: torch.Generator) -> Tensor:
-        indices = torch.randint(len(x), (512,), generator=generator)
-        return F.mse_loss(head(x[indices]), judged.ratings[indices])
-
-    fit(
-        head,
-        step,
-        steps=HEAD_STEPS,
-        learning_rate=1e-3,
-        checkpoint=work / "aesthetic.pt",
-        seed=seed,
-        ema_decay=0.998,
-    )
-    return head
+def features(clip: CLIP, images: np.ndarray) -> Tensor:
+    """L2-normalised image features float32 [N, 96] of uint8 [N, 3, 64, 64]."""
+    parts = torch.arange(len(images)).split(256)
+    return torch.cat([clip.encode_image(pixels(images, p), normalize=True) for p in parts])

@@ -9,11 +9,21 @@ import open_clip
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from open_clip.model import CLIP
-from torch import Tensor, nn
+from torch import Tensor
 
-from diffusion_align.tiny.clip import Judged, features, judged_renders
+from diffusion_align.tiny.clip import features
 from diffusion_align.tiny.pictures import draw_pictures
-from reward_models.small_world import captions, change_one_attribute, verify
+from reward_models.base import Reward
+from reward_models.small_world import (
+    JudgedPairs,
+    JudgedRatings,
+    captions,
+    change_one_attribute,
+    parse_caption,
+    random_scene,
+    render,
+    verify,
+)
 
 
 @dataclass(frozen=True)
@@ -108,32 +118,77 @@ def measure_clip(clip: CLIP, *, count: int = 1024, seed: int = 78) -> float:
     """How often held-out renders prefer their caption to one with exactly one word changed."""
     rng = np.random.default_rng(seed)
     tokenize = open_clip.get_tokenizer("ViT-B-32")
-    judged = judged_renders(captions(count, seed, "heldout"), seed)
-    wrong = [str(change_one_attribute(caption, rng)) for caption in judged.captions]
-    image = features(clip, judged)
-    right = [str(caption) for caption in judged.captions]
+    right = captions(count, seed, "heldout")
+    wrong = [str(change_one_attribute(parse_caption(text), rng)) for text in right]
+    image = features(clip, renders(right, seed))
     near = clip.encode_text(tokenize(right), normalize=True)
     far = clip.encode_text(tokenize(wrong), normalize=True)
     return float(((image * near).sum(1) > (image * far).sum(1)).float().mean())
 
 
+def renders(texts: list[str], seed: int) -> np.ndarray:
+    """One clean render of each caption: uint8 [N, 3, 64, 64]."""
+    rng = np.random.default_rng(np.random.Philox(key=seed))
+    images = [render(random_scene(parse_caption(text), rng)) for text in texts]
+    return np.round(np.stack(images) * 255).astype(np.uint8)
+
+
 @dataclass(frozen=True)
 class Agreement:
-    """Pearson correlations: head with noisy ratings, the ceiling (truth with the same ratings),
-    and head with the noiseless truth."""
+    """Pearson correlations: scores with noisy ratings, the ceiling (truth with the same ratings),
+    and scores with the noiseless truth; and the same in pairs.
+
+    In pairs: of two of the pictures, how often the higher score got the higher rating; the ceiling
+    is the truth's own accuracy.
+    """
 
     correlation: float
     ceiling: float
     truth: float
+    pairs: float
+    pairs_ceiling: float
+
+
+def measure_ratings(scores: np.ndarray, judged: JudgedRatings, *, seed: int = 0) -> Agreement:
+    """Agreement of scores [N] with a crowd that rated pictures the scorer never saw."""
+    ratings, truth = judged.ratings, judged.opinions
+    order = np.random.default_rng(seed).permutation(len(ratings))
+    a, b = order[::2][: len(order) // 2], order[1::2]
+    above = ratings[a] > ratings[b]
+    return Agreement(
+        float(np.corrcoef(scores, ratings)[0, 1]),
+        float(np.corrcoef(truth, ratings)[0, 1]),
+        float(np.corrcoef(scores, truth)[0, 1]),
+        float(np.mean((scores[a] > scores[b]) == above)),
+        float(np.mean((truth[a] > truth[b]) == above)),
+    )
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Accuracy on a crowd's choices, the accuracy of the crowd's own noiseless opinions on the same
+    choices (the noise ceiling), and how often scores and noiseless opinions prefer the same."""
+
+    accuracy: float
+    ceiling: float
+    truth: float
+
+
+def measure_choices(first: np.ndarray, second: np.ndarray, judged: JudgedPairs) -> Choices:
+    """Agreement of scores [N] of both pictures with choices between pairs never seen."""
+    true = judged.opinion_first > judged.opinion_second
+    return Choices(
+        float(np.mean((first > second) == judged.preferred)),
+        float(np.mean(true == judged.preferred)),
+        float(np.mean((first > second) == true)),
+    )
 
 
 @torch.no_grad()
-def measure_aesthetic(clip: CLIP, head: nn.Module, judged: Judged) -> Agreement:
-    """Agreement of the head with a crowd that rated pictures it never saw."""
-    felt = head(features(clip, judged)).numpy()
-    ratings, truth = judged.ratings.numpy(), judged.opinions.numpy()
-    return Agreement(
-        float(np.corrcoef(felt, ratings)[0, 1]),
-        float(np.corrcoef(truth, ratings)[0, 1]),
-        float(np.corrcoef(felt, truth)[0, 1]),
-    )
+def scores_of(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """Scores [N] of uint8 [N, 3, 64, 64] with their captions."""
+    parts = []
+    for start in range(0, len(images), 256):
+        batch = torch.from_numpy(images[start : start + 256]).float() / 255
+        parts.append(reward.score(batch, prompts[start : start + 256]).values)
+    return torch.cat(parts).numpy()

@@ -204,7 +204,7 @@ class _Run:
                 raise RuntimeError("losses yielded more than loss_count said")
         norm, measured, trained = self.machinery.clip(), means.take(), self.machinery.parameters
         self.guards.gradient(norm, measured, batch_metrics, trained, self.step + 1)
-        self.machinery.update()
+        self.machinery.update(self.step)
         self.step += 1
         numbers = {
             **batch_metrics,

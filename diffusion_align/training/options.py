@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,15 @@ class TrainOptions:
     """
 
     steps: int = field(default=100, metadata={"doc": "optimiser updates in the whole run"})
-    learning_rate: float = field(default=3e-4, metadata={"doc": "AdamW learning rate, constant"})
+    learning_rate: float = field(default=3e-4, metadata={"doc": "AdamW learning rate, its highest"})
+    schedule: Literal["constant", "cosine"] = field(
+        default="constant",
+        metadata={"doc": "of the learning rate: constant, or along a cosine to 0 at the last step"},
+    )
+    warmup_steps: int = field(
+        default=0,
+        metadata={"doc": "first steps over which the learning rate rises from 0 in a line"},
+    )
     weight_decay: float = field(default=1e-4, metadata={"doc": "AdamW weight decay"})
     adam_beta1: float = field(default=0.9, metadata={"doc": "AdamW beta 1"})
     adam_beta2: float = field(default=0.999, metadata={"doc": "AdamW beta 2"})
@@ -42,7 +51,10 @@ class TrainOptions:
     )
     sample_every: int = field(
         default=50,
-        metadata={"doc": "steps between sample pictures and held-out scores; 0 = step 0 and end"},
+        metadata={
+            "doc": "steps between sample pictures and held-out scores of a policy; 0 = step 0 and "
+            "end"
+        },
     )
     log_every: int = field(default=1, metadata={"doc": "steps between rows of metrics.jsonl"})
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(
@@ -53,8 +65,22 @@ class TrainOptions:
         words(self)
         at_least(self, 1, "steps", "accumulation", "keep_checkpoints", "log_every")
         at_least(self, 0, "checkpoint_every", "sample_every", "weight_decay", "max_grad_norm")
+        at_least(self, 0, "warmup_steps")
         positive(self, "learning_rate", "adam_epsilon")
         require(self, "lie in [0, 1)", lambda beta: 0 <= beta < 1, "adam_beta1", "adam_beta2")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of update number `step`, from 0: a function of it and of the options.
+
+        Warm-up update s of w takes (s + 1) / w of the highest rate. A run that is resumed with
+        another `steps` goes on along the longer or shorter cosine.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        share = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
 
     def check_accumulation(self, minibatches: int, arithmetic: str) -> None:
         """Refuse an iteration that does not split into whole updates.

@@ -113,8 +113,10 @@ class Machinery:
         norm = self._accelerator.clip_grad_norm_(self.parameters, limit)
         return float(norm) if norm is not None else math.nan
 
-    def update(self) -> None:
-        """One optimiser step from the gradients, which are then dropped."""
+    def update(self, step: int) -> None:
+        """Optimiser step number `step`, from 0, with its learning rate; gradients are dropped."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._options.learning_rate_at(step)
         self._optimizer.step()
         self._optimizer.zero_grad()
 

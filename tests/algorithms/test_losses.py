@@ -1,4 +1,4 @@
-"""The clipped policy loss against its formula in NumPy, its signs and its units."""
+"""The clipped policy loss and the logistic preference loss against their formulas."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffusion_align.algorithms.losses import clipped_policy_loss
+from diffusion_align.algorithms.losses import clipped_policy_loss, logistic_preference_loss
 
 
 def oracle(
@@ -84,3 +84,50 @@ def test_half_precision_is_widened_and_shapes_must_agree() -> None:
     assert loss.dtype == torch.float32
     with pytest.raises(ValueError, match="shapes differ"):
         clipped_policy_loss(torch.zeros(3, 2), torch.zeros(3, 2), torch.zeros(3), 0.1)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-25, 25), st.floats(0, 1)), min_size=1, max_size=12),
+)
+def test_the_preference_loss_is_the_cross_entropy_of_a_choice(
+    rows: list[tuple[float, float]],
+) -> None:
+    margin, label = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows))
+    margin.requires_grad_()
+    loss = logistic_preference_loss(margin, label)
+    # Written out with probabilities, which float64 still holds at these margins.
+    chances = [1 / (1 + math.exp(-m)) for m, _ in rows]
+    others = [1 / (1 + math.exp(m)) for m, _ in rows]
+    expected = [
+        -y * math.log(p) - (1 - y) * math.log(q) for p, q, (_, y) in zip(chances, others, rows)
+    ]
+    assert loss.tolist() == pytest.approx(expected, abs=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), margin)
+    assert gradient.tolist() == pytest.approx(
+        [p - y for p, (_, y) in zip(chances, rows)], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("label", [0.0, 0.3, 0.5, 1.0])
+def test_an_untouched_margin_costs_ln_2_and_a_far_one_stays_finite(label: float) -> None:
+    margin = torch.tensor([0.0, 1e4, -1e4], requires_grad=True)
+    loss = logistic_preference_loss(margin, label)
+    assert loss.tolist() == pytest.approx([math.log(2), (1 - label) * 1e4, label * 1e4])
+    (gradient,) = torch.autograd.grad(loss.sum(), margin)
+    assert gradient.tolist() == pytest.approx([0.5 - label, 1 - label, -label])
+
+
+def test_swapping_the_two_and_the_label_changes_nothing() -> None:
+    margin, label = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    label = label.sigmoid()
+    swapped = logistic_preference_loss(-margin, 1 - label)
+    torch.testing.assert_close(logistic_preference_loss(margin, label), swapped)
+
+
+def test_the_preference_loss_keeps_its_precision_and_refuses_what_does_not_fit() -> None:
+    assert logistic_preference_loss(torch.zeros(2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert logistic_preference_loss(torch.zeros(2, 3).double()).dtype == torch.float64
+    with pytest.raises(ValueError, match="shapes differ"):
+        logistic_preference_loss(torch.zeros(3, 2), torch.zeros(3))
+    with pytest.raises(ValueError, match="probability"):
+        logistic_preference_loss(torch.zeros(3), 1.1)

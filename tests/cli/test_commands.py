@@ -38,7 +38,8 @@ def test_config_lists_shows_copies_and_states_its_schema(call: Call, tmp_path: P
     assert "demo" in call("config").stdout.split()
     shown = call("config", "--show", "demo", "train.steps=7")
     assert "\n  steps: 7  #" in shown.stdout
-    assert json.loads(call("config", "--schema").stdout)["properties"]["train"]
+    schema = json.loads(call("config", "--schema").stdout)
+    assert schema["$defs"]["policy_config"]["properties"]["train"]
     copied = call("config", "--copy", "demo", "mine.yaml")
     assert copied.exit_code == 0
     assert "train mine.yaml" in copied.stdout

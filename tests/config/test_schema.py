@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from diffusion_align.algorithms.options import DDPOOptions
-from diffusion_align.config import RunConfig, json_schema
+from diffusion_align.algorithms.reward_options import RewardStart
+from diffusion_align.config import RewardRunConfig, RunConfig, json_schema
+from diffusion_align.data.judgement_options import JudgementOptions
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.policy.options import LoRAOptions, ModelOptions
 from diffusion_align.sampling.options import SamplingOptions
@@ -22,14 +24,33 @@ def schema() -> dict[str, Any]:
     return json.loads(json_schema())
 
 
-def test_the_sections_are_those_of_a_run(schema: dict[str, Any]) -> None:
-    assert set(schema["properties"]) == {field.name for field in fields(RunConfig)} | {"base"}
-    assert schema["additionalProperties"] is False
+def definition(schema: dict[str, Any], algorithm: str) -> dict[str, Any]:
+    """What the schema holds a config with this algorithm against."""
+    rewards = schema["if"]["properties"]["algorithm"]["properties"]["name"]["enum"]
+    chosen = schema["then" if algorithm in rewards else "else"]["$ref"]
+    return schema["$defs"][chosen.removeprefix("#/$defs/")]
+
+
+@pytest.mark.parametrize(("algorithm", "root"), [("ddpo", RunConfig), ("reward", RewardRunConfig)])
+def test_the_sections_are_those_of_a_run(
+    schema: dict[str, Any], algorithm: str, root: type
+) -> None:
+    found = definition(schema, algorithm)
+    assert set(found["properties"]) == {field.name for field in fields(root)} | {"base"}
+    assert found["additionalProperties"] is False
 
 
 @pytest.mark.parametrize(
     "options",
-    [ModelOptions, LoRAOptions, SamplingOptions, TrainOptions, EvaluationOptions],
+    [
+        ModelOptions,
+        LoRAOptions,
+        SamplingOptions,
+        TrainOptions,
+        EvaluationOptions,
+        RewardStart,
+        JudgementOptions,
+    ],
 )
 def test_every_option_is_there_with_its_text_and_nothing_else_is(
     schema: dict[str, Any], options: type
@@ -51,4 +72,6 @@ def test_the_shipped_configs_use_only_keys_of_the_schema(schema: dict[str, Any])
     import yaml
 
     for path in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"):
-        assert set(yaml.safe_load(path.read_text(encoding="utf-8"))) <= set(schema["properties"])
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        known = definition(schema, written["algorithm"]["name"])["properties"]
+        assert set(written) <= set(known), path.name
