@@ -122,6 +122,7 @@ class RewardPlan:
             raise RewardError(f"must lie in [0, 1), not {self.threshold}", where="threshold")
         self._check_attributes()
         self._check_blocks()
+        self._check_unread()
 
     def _check_attributes(self) -> None:
         names = self.attributes
@@ -155,6 +156,32 @@ class RewardPlan:
             raise RewardError(
                 "a regression head does not read the prompt", where="text_blocks", fix="set 0"
             )
+
+    def _check_unread(self) -> None:
+        """What another head reads would be ignored silently."""
+        if self.head is None:
+            return
+        mine = {"cross": _OF_CROSS, "regression": _OF_REGRESSION, "cosine": _OF_COSINE}
+        for head, names in mine.items():
+            for name in names if head != self.head else ():
+                if getattr(self, name) != RewardPlan.__dataclass_fields__[name].default:
+                    raise RewardError(
+                        f"belongs to a {head} head, and this one is {self.head}",
+                        where=name,
+                        fix=f"leave it out, or set head: {head}",
+                    )
+
+
+_OF_CROSS = (
+    "cross_layers",
+    "cross_heads",
+    "cross_head_dim",
+    "cross_ff",
+    "condition",
+    "threshold",
+)
+_OF_REGRESSION = ("layers", "hidden")
+_OF_COSINE = ("framing",)
 
 
 def _at_least(plan: RewardPlan, name: str, least: int) -> None:

@@ -99,6 +99,13 @@ class RewardOptions:
         at_least(self, 1, "batch_size", "batches_per_iteration", "validate_every", "workers")
         at_least(self, 0, "cache_gb")
         require(self, "be above 1", lambda k: k > 1, "tie_constant")
+        if self.tie_constant != 5.0 and self.loss != "bradley-terry-ties":
+            raise OptionError(
+                "tie_constant",
+                "is read by bradley-terry-ties alone",
+                fix="leave it out, or set loss: bradley-terry-ties",
+                reads=("loss",),
+            )
 
     @property
     def minibatches(self) -> int:

@@ -288,3 +288,20 @@ def test_a_plan_out_of_range_names_its_field(plan: dict[str, Any], field: str) -
     with pytest.raises(RewardError) as caught:
         RewardPlan("tiny-clip", **plan)
     assert caught.value.where == field
+
+
+@pytest.mark.parametrize(
+    ("head", "unread"),
+    [
+        ("cosine", {"cross_layers": 2}),
+        ("regression", {"threshold": 0.1}),
+        ("regression", {"framing": "letterbox"}),
+        ("cross", {"framing": "crop"}),
+        ("cosine", {"layers": "relu"}),
+        ("cross", {"hidden": (8, 8, 8, 8)}),
+    ],
+)
+def test_what_a_head_does_not_read_is_refused(head: str, unread: dict[str, object]) -> None:
+    with pytest.raises(RewardError, match=f"belongs to a .* head, and this one is {head}") as e:
+        RewardPlan("tiny-clip", head=head, **unread)  # type: ignore[arg-type]
+    assert e.value.where == next(iter(unread))
