@@ -203,6 +203,7 @@ def _row_prompt(row: Mapping[str, Any]) -> Prompt:
 
 
 def kind_of(value: object) -> str:
+    """What a JSON value is, in words for a message: `a list`, `text`, `null`."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
     return "null" if value is None else names.get(type(value), "a number")
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -15,30 +12,19 @@ from reward_models import blip
 from reward_models.base import RewardError
 from reward_models.blip import blip_from_tensors
 from reward_models.wordpiece import PromptTokenizer
+from tests.reward_models import small_blip as small
 
 FILE = Path("ImageReward.pt")
 
 
 @pytest.fixture(scope="module")
-def small() -> ModuleType:
-    """small_blip.py: the same model in plain torch."""
-    path = Path(__file__).with_name("small_blip.py")
-    spec = importlib.util.spec_from_file_location("small_blip_of_blip", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tensors(small: ModuleType) -> dict[str, Tensor]:
+def tensors() -> dict[str, Tensor]:
     loaded: dict[str, Tensor] = small.random_tensors(small.SMALL, seed=1, dtype=torch.float64)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def tokenizer(small: ModuleType) -> PromptTokenizer:
+def tokenizer() -> PromptTokenizer:
     return PromptTokenizer(small.WORDS)
 
 
@@ -52,7 +38,6 @@ PROMPTS = ["a large red circle", "a dog running", "", "the blue square above a w
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-11), (torch.float32, 1e-5)])
 def test_states_are_those_of_the_formulas(
-    small: ModuleType,
     tensors: dict[str, Tensor],
     tokenizer: PromptTokenizer,
     dtype: torch.dtype,
@@ -71,7 +56,7 @@ def test_states_are_those_of_the_formulas(
     "part", ["norm2.weight", "attn.qkv.bias", "crossattention.self.key.weight", "pos_embed"]
 )
 def test_the_formulas_feel_every_part(
-    small: ModuleType, tensors: dict[str, Tensor], tokenizer: PromptTokenizer, part: str
+    tensors: dict[str, Tensor], tokenizer: PromptTokenizer, part: str
 ) -> None:
     """Otherwise agreement above would say little."""
     tokens, pixels = tokenizer(PROMPTS), pictures(len(PROMPTS), torch.float64)
@@ -106,7 +91,7 @@ def test_loading_draws_no_random_numbers(tensors: dict[str, Tensor]) -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_keys_and_shapes_at_full_size(small: ModuleType) -> None:
+def test_keys_and_shapes_at_full_size() -> None:
     """ViT-L/16 and BERT-base with cross-attention, on the meta device: no memory."""
     shapes = {
         key: shape

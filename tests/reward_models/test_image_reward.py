@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +20,7 @@ from reward_models.preprocess import clip_pixels
 from reward_models.table import ROWS, LoadOptions, Row
 from reward_models.weights import WeightFile
 from reward_models.wordpiece import PromptTokenizer, PromptTokens
+from tests.reward_models import small_blip as small
 
 FILE = Path("ImageReward.pt")
 INFO = RewardInfo("image-reward", "image", True, "-2 to 2", "Apache-2.0", "test", needs_prompt=True)
@@ -40,30 +38,18 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def small() -> ModuleType:
-    """small_blip.py: the same model in plain torch."""
-    path = Path(__file__).with_name("small_blip.py")
-    spec = importlib.util.spec_from_file_location("small_blip_of_image_reward", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tensors(small: ModuleType) -> dict[str, Tensor]:
+def tensors() -> dict[str, Tensor]:
     loaded: dict[str, Tensor] = small.random_tensors(small.SMALL, seed=3)
     return loaded
 
 
 @pytest.fixture(scope="module")
-def reward(small: ModuleType, tensors: dict[str, Tensor]) -> ImageReward:
+def reward(tensors: dict[str, Tensor]) -> ImageReward:
     return ImageReward(INFO, *model_from_tensors(tensors, FILE), PromptTokenizer(small.WORDS))
 
 
 @pytest.fixture(scope="module")
-def reward64(small: ModuleType, tensors: dict[str, Tensor]) -> ImageReward:
+def reward64(tensors: dict[str, Tensor]) -> ImageReward:
     """The same in float64, head included, for finite differences."""
     blip, head = model_from_tensors({key: t.double() for key, t in tensors.items()}, FILE)
     return ImageReward(INFO, blip, head.double(), PromptTokenizer(small.WORDS))
@@ -74,9 +60,7 @@ def pictures(count: int, height: int = 40, width: int = 52, seed: int = 4) -> Te
     return torch.rand(count, 3, height, width, generator=generator)
 
 
-def test_scores_are_those_of_the_formula(
-    small: ModuleType, tensors: dict[str, Tensor], reward: ImageReward
-) -> None:
+def test_scores_are_those_of_the_formula(tensors: dict[str, Tensor], reward: ImageReward) -> None:
     images = pictures(len(PROMPTS))
     tokens = reward.tokenizer(PROMPTS)
     exact = {key: tensor.double() for key, tensor in tensors.items()}
@@ -146,9 +130,7 @@ def test_the_gradient_is_that_of_finite_differences(reward64: ImageReward) -> No
 
 
 @pytest.mark.parametrize("round_to_uint8", [False, True])
-def test_the_gradient_reaches_the_pixels(
-    small: ModuleType, tensors: dict[str, Tensor], round_to_uint8: bool
-) -> None:
+def test_the_gradient_reaches_the_pixels(tensors: dict[str, Tensor], round_to_uint8: bool) -> None:
     blip, head = model_from_tensors(tensors, FILE)
     tokenizer = PromptTokenizer(small.WORDS)
     made = ImageReward(INFO, blip, head, tokenizer, round_to_uint8=round_to_uint8)
@@ -160,7 +142,7 @@ def test_the_gradient_reaches_the_pixels(
 
 
 def test_rounding_is_an_option_that_is_heeded(
-    small: ModuleType, tensors: dict[str, Tensor], reward: ImageReward
+    tensors: dict[str, Tensor], reward: ImageReward
 ) -> None:
     rounded = ImageReward(INFO, reward.blip, reward.head, reward.tokenizer, round_to_uint8=True)
     images = pictures(2)
@@ -195,7 +177,7 @@ def test_nothing_to_score_is_no_error(reward: ImageReward) -> None:
 
 
 def test_the_head_stays_in_float32_beside_half_precision_transformers(
-    small: ModuleType, tensors: dict[str, Tensor], reward: ImageReward
+    tensors: dict[str, Tensor], reward: ImageReward
 ) -> None:
     blip, head = model_from_tensors({key: t.bfloat16() for key, t in tensors.items()}, FILE)
     half = ImageReward(INFO, blip, head, PromptTokenizer(small.WORDS))
@@ -259,7 +241,7 @@ def test_another_scorers_checkpoint_is_refused() -> None:
 
 
 def test_parts_of_different_models_are_refused(
-    small: ModuleType, tensors: dict[str, Tensor], reward: ImageReward
+    tensors: dict[str, Tensor], reward: ImageReward
 ) -> None:
     with pytest.raises(RewardError, match="the vocabulary has 44 words, the model 45"):
         ImageReward(INFO, reward.blip, reward.head, PromptTokenizer(small.WORDS[:-1]))
@@ -270,7 +252,7 @@ def test_parts_of_different_models_are_refused(
 
 
 @pytest.fixture
-def files(small: ModuleType, tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: Any) -> Path:
+def files(tensors: dict[str, Tensor], tmp_path: Path, monkeypatch: Any) -> Path:
     """A folder with a small ImageReward.pt and its vocabulary; every cache is empty."""
     monkeypatch.setenv("REWARD_MODELS_HOME", str(tmp_path / "home"))
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
@@ -375,9 +357,7 @@ def test_four_threads_read_each_file_once(files: Path, monkeypatch: Any) -> None
     assert all(each.blip is loaded[0].blip for each in loaded)
 
 
-def test_a_changed_checkpoint_is_read_again(
-    files: Path, small: ModuleType, tensors: dict[str, Tensor]
-) -> None:
+def test_a_changed_checkpoint_is_read_again(files: Path, tensors: dict[str, Tensor]) -> None:
     options = LoadOptions(weights=files / "small.pt")
     before = load_image_reward(row(), options).score(pictures(1), ["a"]).values
     torch.save({**tensors, "mlp.layers.7.bias": torch.full((1,), 5.0)}, files / "small.pt")

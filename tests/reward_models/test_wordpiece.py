@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,26 +10,15 @@ import torch
 
 from reward_models.base import RewardError
 from reward_models.wordpiece import PromptTokenizer, PromptTokens, read_vocabulary
+from tests.reward_models import small_blip as small
 
 
 @pytest.fixture(scope="module")
-def small() -> ModuleType:
-    """small_blip.py: its small vocabulary."""
-    path = Path(__file__).with_name("small_blip.py")
-    spec = importlib.util.spec_from_file_location("small_blip_of_wordpiece", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def tokenizer(small: ModuleType) -> PromptTokenizer:
+def tokenizer() -> PromptTokenizer:
     return PromptTokenizer(small.WORDS)
 
 
-def test_tokens_of_a_prompt_worked_by_hand(small: ModuleType, tokenizer: PromptTokenizer) -> None:
+def test_tokens_of_a_prompt_worked_by_hand(tokenizer: PromptTokenizer) -> None:
     # Upper case and the accent go; "Runners" has no word of its own and no ending that fits.
     tokens = tokenizer(["A Background DOG, running: Café's  unlikely\t犬犬!"])
     words = "[CLS] a back ##ground dog , run ##ning [UNK] cafe ' s un ##likely 犬 犬 ! [SEP]"
@@ -60,7 +46,7 @@ TRICKY = [
 
 
 @pytest.fixture(scope="module")
-def reference(small: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """transformers' BertTokenizer with the two words added the way BLIP adds them."""
     from transformers import BertTokenizer
 
@@ -84,9 +70,7 @@ def test_tokens_are_those_of_transformers(
     assert tokens.truncated == int(len(whole) > 35)
 
 
-def test_first_token_stays_cls_and_long_prompts_keep_sep(
-    small: ModuleType, tokenizer: PromptTokenizer
-) -> None:
+def test_first_token_stays_cls_and_long_prompts_keep_sep(tokenizer: PromptTokenizer) -> None:
     tokens = tokenizer(TRICKY)
     assert tokens.ids.shape == tokens.mask.shape == (len(TRICKY), 35)
     assert set(tokens.ids[:, 0].tolist()) == {small.WORDS.index("[CLS]")}
@@ -94,9 +78,7 @@ def test_first_token_stays_cls_and_long_prompts_keep_sep(
     assert tokens.truncated == 2  # 34 dogs and the last; 33 dogs fit exactly
 
 
-def test_blips_own_words_come_behind_the_vocabulary(
-    small: ModuleType, tokenizer: PromptTokenizer
-) -> None:
+def test_blips_own_words_come_behind_the_vocabulary(tokenizer: PromptTokenizer) -> None:
     count = len(small.WORDS)
     assert tokenizer.vocabulary == count + 2
     assert tokenizer(["[DEC] [ENC]"]).ids[0, 1:3].tolist() == [count, count + 1]
@@ -123,7 +105,7 @@ def test_repeated_prompts_are_read_once_and_counted_each(
     assert tokens.truncated == 2
 
 
-def test_a_vocabulary_is_read_line_by_line(small: ModuleType, tmp_path: Path) -> None:
+def test_a_vocabulary_is_read_line_by_line(tmp_path: Path) -> None:
     # NEL and the line separator are characters of a word, not ends of a line.
     words = [*small.WORDS, "a\x85b", "c\u2028d", "zebra"]
     for ending in ("\n", "\r\n"):

@@ -135,8 +135,10 @@ def test_an_embedded_file_is_held_against_its_recorded_sum(
 
 
 def test_nothing_published_nothing_verified(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"x")
-    verify(tmp_path / "a", "")
+    assert not (tmp_path / "absent").exists()
+    verify(tmp_path / "absent", "")  # with a sum it would be opened
+    with pytest.raises(RewardError):
+        verify(tmp_path / "absent", "0" * 64)
 
 
 def md5(path: Path) -> str:
