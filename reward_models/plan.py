@@ -90,9 +90,12 @@ class RewardPlan:
     condition: str = field(
         default="", metadata={"doc": 'what a cross head judges by, in words; "" = those of MPS'}
     )
-    threshold: float = field(
-        default=0.3,
-        metadata={"doc": "share of the best match that a word of the prompt must exceed (cross)"},
+    threshold: float | None = field(
+        default=None,
+        metadata={
+            "doc": "share of the best match that a word of the prompt must exceed (cross); null = "
+            "the start's own, 0.3 on a tower"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -118,8 +121,9 @@ class RewardPlan:
             )
         if min(self.hidden, default=1) < 1:
             raise RewardError(f"must be at least 1, not {min(self.hidden)}", where="hidden")
-        if not (math.isfinite(self.threshold) and 0 <= self.threshold < 1):
-            raise RewardError(f"must lie in [0, 1), not {self.threshold}", where="threshold")
+        share = self.threshold
+        if share is not None and not (math.isfinite(share) and 0 <= share < 1):
+            raise RewardError(f"must lie in [0, 1), not {share}", where="threshold")
         self._check_attributes()
         self._check_blocks()
         self._check_unread()

@@ -24,7 +24,7 @@ from reward_models.base import Reward, RewardError
 from reward_models.clip_score import CosineReward
 from reward_models.clip_tower import ClipTower
 from reward_models.cross_attention import CrossModel
-from reward_models.mps import CONDITION, MPSReward
+from reward_models.mps import CONDITION, THRESHOLD, MPSReward
 from reward_models.networks import (
     CosineNetwork,
     CrossNetwork,
@@ -306,14 +306,31 @@ def _head(
         return None, False
     if kind == "cross":
         if isinstance(started, MPSReward):
+            _refuse_unread(plan, "cross_layers", "cross_heads", "cross_head_dim", "cross_ff")
             return _copy(started.cross), False
         own = plan.cross_layers, plan.cross_heads, plan.cross_head_dim, plan.cross_ff
         return new_cross(sizes[0], *own), True
     if isinstance(started, AestheticReward | AttributesReward):
+        _refuse_unread(plan, "layers", "hidden")
         return _copy(started.head), False
     hidden = () if plan.layers == "linear" else plan.hidden
     widths = (sizes[0], *hidden, sizes[1])
     return AestheticHead(widths, relu=plan.layers == "relu"), True
+
+
+def _refuse_unread(plan: RewardPlan, *names: str) -> None:
+    """A head that goes on training has its own size; another one would be ignored silently."""
+    for name in names:
+        if getattr(plan, name) != RewardPlan.__dataclass_fields__[name].default:
+            raise RewardError(
+                f"is given, but {plan.start} brings its own head",
+                where=name,
+                fix="leave it out, or start from the tower",
+            )
+
+
+def _first(*values: float | None) -> float:
+    return next(value for value in values if value is not None)
 
 
 def _copy(module: Any) -> Any:
@@ -344,7 +361,7 @@ def _card(
         antialias=cosine.antialias if cosine else True,
         scaled=cosine is not None and cosine.scale != 1.0,
         condition=plan.condition or (cross.condition if cross else CONDITION),
-        threshold=plan.threshold if cross is None else cross.threshold,
+        threshold=_first(plan.threshold, cross.threshold if cross else None, THRESHOLD),
         licence=f"{licence}, and that of the data it was trained on",
         source=f"trained by reward_models from {plan.start}",
     )

@@ -75,9 +75,8 @@ class RewardTraining:
 
     Args:
         reward: a `TrainableReward`, a plan of one, or the name of a start (`tiny-clip`, `clip-l`,
-            `hpsv2.1`, a file that was trained before). A plan without attributes learns all that
-            the judgements have, one that starts from a bare tower has a regression head for
-            ratings.
+            `hpsv2.1`, a file that was trained before). A plan of a regression head without
+            attributes learns all that the judgements have; on a bare tower ratings get such a head.
         judgements: what is learnt from.
         options: see `RewardOptions`.
         validation: judgements held out; without any, the last weights are the result.

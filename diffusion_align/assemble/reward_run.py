@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,10 +99,35 @@ def load_judgements(options: JudgementOptions, seed: int) -> tuple[Judgements, J
     if options.validation is not None:
         folder = options.validation_pictures or options.pictures
         held_out = _read(options.validation, folder, options)
+        learnt = _with_overlap(learnt, held_out)
     elif options.validation_share > 0:
         learnt, held_out = learnt.split(options.validation_share, seed)
     learnt = _some(learnt, options.limit, seed)
     return learnt, held_out and _some(held_out, options.validation_limit, seed)
+
+
+def _with_overlap(learnt: Judgements, held_out: Judgements) -> Judgements:
+    """`learnt` with a note on the rows held out whose prompt or picture it has as well.
+
+    Raises:
+        UserError: all of them are: nothing is held out.
+    """
+    prompts = {row.prompt for row in learnt.rows if row.prompt}
+    pictures = {str(picture) for row in learnt.rows for picture in row.pictures}
+    shared = sum(
+        row.prompt in prompts or any(str(picture) in pictures for picture in row.pictures)
+        for row in held_out.rows
+    )
+    if shared == len(held_out):
+        raise UserError(
+            "every row has a prompt or a picture that is trained on: nothing is held out",
+            where="data.validation",
+            fix="name another file, or leave it out and set data.validation_share",
+        )
+    if not shared:
+        return learnt
+    note = f"{shared} of {len(held_out)} rows held out share a prompt or picture with training"
+    return replace(learnt, notes=(*learnt.notes, note))
 
 
 def _read(path: str, folder: str | None, options: JudgementOptions) -> Judgements:

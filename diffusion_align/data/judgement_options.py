@@ -82,6 +82,21 @@ class JudgementOptions:
                 fix="leave it out, or name a file as data.source",
                 reads=("source",),
             )
+        if self.crowd is not None:
+            self._refuse_unread(
+                ("kind", "pictures", "missing", "damaged", "validation_pictures"),
+                "belongs to a file, and the small world is made here",
+                "source",
+            )
+        elif self.validation is None:
+            self._refuse_unread(
+                ("validation_pictures",), "belongs to a file in data.validation", "validation"
+            )
+
+    def _refuse_unread(self, names: tuple[str, ...], why: str, beside: str) -> None:
+        for name in names:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise OptionError(name, why, fix="leave it out", reads=(beside,))
 
     def check_files(self) -> None:
         """Refuse files and folders that are not there; cheap, and nothing is read.

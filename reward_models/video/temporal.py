@@ -17,8 +17,9 @@ Source: VBench (Huang et al. 2024), temporal flickering and subject / background
 differ in the embeddings (there DINO and CLIP-B/32, here the tower of the row), in float pixels, and
 in motion (there RAFT and a threshold, which has no gradient).
 
-Clips pass through in pieces of `batch_size` frames; `TemporalReward.score_frames` takes a clip that
-is read piece by piece, so its length costs no memory.
+Clips pass through in pieces of `batch_size` frames (at least one of each clip);
+`TemporalReward.score_frames` takes a clip that is read piece by piece, so its length costs no
+memory.
 """
 
 from __future__ import annotations

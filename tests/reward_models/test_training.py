@@ -305,3 +305,19 @@ def test_what_a_head_does_not_read_is_refused(head: str, unread: dict[str, objec
     with pytest.raises(RewardError, match=f"belongs to a .* head, and this one is {head}") as e:
         RewardPlan("tiny-clip", head=head, **unread)  # type: ignore[arg-type]
     assert e.value.where == next(iter(unread))
+
+
+def test_a_head_that_goes_on_training_keeps_its_size_and_takes_its_threshold(
+    tmp_path: Path,
+) -> None:
+    small = {"cross_layers": 1, "cross_heads": 2, "cross_head_dim": 8, "cross_ff": 1}
+    first = TrainableReward(RewardPlan("tiny-clip", head="cross", **small))  # type: ignore[arg-type]
+    file = first.save(tmp_path / "first.safetensors")
+    assert first.card.threshold == 0.3
+    again = TrainableReward(RewardPlan(str(file), threshold=0.05))
+    assert again.card.threshold == 0.05
+    assert again.scorer().threshold == 0.05  # type: ignore[attr-defined]
+    with pytest.raises(RewardError, match="brings its own head"):
+        TrainableReward(RewardPlan(str(file), cross_layers=2))
+    with pytest.raises(RewardError, match="brings its own head"):
+        TrainableReward(RewardPlan("tiny-aesthetic", layers="linear-mse"))
