@@ -192,3 +192,24 @@ def test_reading_a_config_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("data.kind=pairs", "data.kind"),
+        ("data.missing=skip", "data.missing"),
+        ("data.damaged=skip", "data.damaged"),
+        ("data.pictures=.", "data.pictures"),
+        ("algorithm.tie_constant=3", "algorithm.tie_constant"),
+        ("reward.cross_layers=2", "reward.cross_layers"),
+    ],
+)
+def test_what_nothing_would_read_is_refused(override: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        load_config("reward_small_world_hps", [override])
+
+
+def test_a_folder_of_held_out_pictures_needs_a_held_out_file() -> None:
+    with pytest.raises(ConfigError, match=r"data\.validation_pictures"):
+        load_config("reward_hpsv2", ["data.validation=null", "data.validation_pictures=."])
