@@ -48,7 +48,8 @@ class Tokens:
 class ClipTower:
     """A frozen CLIP: pictures and prompts to un-normalised embeddings.
 
-    It computes in its own dtype: an autocast around it is switched off (`without_autocast`).
+    It computes in its own dtype: an autocast around it is switched off (`without_autocast`), unless
+    it is trained (`following_autocast`).
 
     Args:
         model: an open_clip CLIP, whose parameters are frozen here.
@@ -132,7 +133,7 @@ class ClipTower:
 
         The gradient reaches the pixels. Half-precision towers answer in float32.
         """
-        with without_autocast(self.device):
+        with _own_precision(self.device):
             return _at_least_float32(self.model.encode_image(pixels.to(self.device, self.dtype)))
 
     def image_tokens(self, pixels: Tensor) -> Tensor:
@@ -141,7 +142,7 @@ class ClipTower:
         The gradient reaches the pixels.
         """
         visual = self.model.visual
-        with without_autocast(self.device):
+        with _own_precision(self.device):
             found = visual.forward_intermediates(
                 pixels.to(self.device, self.dtype),
                 indices=1,
@@ -209,14 +210,14 @@ class ClipTower:
         """Embed token ids [B, L] as [B, D], read at the first end token."""
         # Attention looks back only: nothing behind the last end token can change the answer.
         ends = (ids == END).long().cumsum(dim=1).eq(0).sum(dim=1)
-        with without_autocast(self.device):
+        with _own_precision(self.device):
             hidden = self._hidden(ids[:, : int(ends.max()) + 1])
             pooled = hidden[torch.arange(len(ids), device=ids.device), ends]
             return _at_least_float32(pooled @ self.model.text_projection)
 
     def text_tokens(self, ids: Tensor) -> Tensor:
         """Projected tokens [B, L, D] of every position of ids [B, L], padding included."""
-        with without_autocast(self.device):
+        with _own_precision(self.device):
             return _at_least_float32(self._hidden(ids) @ self.model.text_projection)
 
     def _hidden(self, ids: Tensor) -> Tensor:
@@ -269,6 +270,26 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@contextmanager
+def following_autocast() -> Iterator[None]:
+    """Inside, towers compute as an autocast around them says: for training one, never for scores.
+
+    What prepares pixels and what reads a tower's features stay in float32.
+    """
+    token = _FOLLOWING.set(True)
+    try:
+        yield
+    finally:
+        _FOLLOWING.reset(token)
+
+
+_FOLLOWING: ContextVar[bool] = ContextVar("following autocast", default=False)
+
+
+def _own_precision(device: torch.device) -> AbstractContextManager[object]:
+    return nullcontext() if _FOLLOWING.get() else without_autocast(device)
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Three heads, one interface: `forward(images, texts)` with images for the first pictures of all rows,
 then for the second ones (pairs), and texts for each row once. Where a tower is frozen, `images`
 and `texts` are its features, computed beforehand; where it trains they are pixels and prompts. The
-towers are in eval mode always; only a regression head's dropout follows `train()`.
+towers are in eval mode always; a regression head's dropout follows `train()`, and so does an
+autocast around: what trains computes as it says, what is validated computes as scores will be.
 
 Outputs are float32 [m N, A]: a regression head's A ratings, or exp(logit_scale) * cos in one
 column, so that differences of two are the logits of a choice.
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reward_models.aesthetic import AestheticHead, score_embeddings
-from reward_models.clip_tower import ClipTower
+from reward_models.clip_tower import ClipTower, following_autocast, without_autocast
 from reward_models.cross_attention import CrossModel
 from reward_models.mps import Reading, condition_tokens, fused_score, read_prompts
 
@@ -46,14 +47,15 @@ class CosineNetwork(nn.Module):
         return self.model.logit_scale.exp()  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, texts: Any) -> Tensor:
-        if self._frozen_images:
-            image = images @ self.model.visual.proj
-        else:
-            image = self._tower.image_features(images)
-        if self._frozen_texts:
-            text = texts @ self.model.text_projection
-        else:
-            text = self._tower.encode_text(self._tower.tokenize(texts).ids)
+        with _precision(self):
+            if self._frozen_images:
+                image = images @ self.model.visual.proj
+            else:
+                image = self._tower.image_features(images)
+            if self._frozen_texts:
+                text = texts @ self.model.text_projection
+            else:
+                text = self._tower.encode_text(self._tower.tokenize(texts).ids)
         text = text.repeat(len(image) // len(text), 1)
         cosine = F.cosine_similarity(image.float(), text.float(), dim=-1)
         return (self.factor() * cosine)[:, None]
@@ -94,8 +96,9 @@ class CrossNetwork(nn.Module):
         return read_prompts(self._tower, prompts, condition, self._threshold)
 
     def forward(self, images: Tensor, texts: Any) -> Tensor:
-        tokens = images if self._frozen_images else self._tower.image_tokens(images)
-        reading = texts if self._frozen_texts else self.read(texts)
+        with _precision(self):
+            tokens = images if self._frozen_images else self._tower.image_tokens(images)
+            reading = texts if self._frozen_texts else self.read(texts)
         times = len(tokens) // len(reading.usable)
         cosine = fused_score(self.head, tokens, repeated(reading, times), 1.0)
         return (self.factor() * cosine.float())[:, None]
@@ -121,9 +124,16 @@ class RegressionNetwork(nn.Module):
         return torch.ones((), device=self._tower.device)
 
     def forward(self, images: Tensor, texts: Any) -> Tensor:
-        embeddings = images if self._frozen_images else self._tower.image_features(images)
+        with _precision(self):
+            embeddings = images if self._frozen_images else self._tower.image_features(images)
         scores = score_embeddings(self.head, embeddings).float()
         return scores if scores.ndim == 2 else scores[:, None]
+
+
+def _precision(network: CosineNetwork | CrossNetwork | RegressionNetwork) -> Any:
+    if network.training:
+        return following_autocast()
+    return without_autocast(network.model.text_projection.device)
 
 
 def repeated(reading: Reading, times: int) -> Reading:

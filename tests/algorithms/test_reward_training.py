@@ -395,12 +395,27 @@ def test_the_rows_of_a_minibatch_stay_together() -> None:
     assert torch.equal(found.images, wanted)
 
 
-def test_bf16_trains(judged: tuple[JudgedPairs, JudgedPairs], tmp_path: Path) -> None:
-    plan = replace(COSINE, trains="blocks", image_blocks=1, text_blocks=1)
+@pytest.mark.parametrize("plan", [COSINE, CROSS, LINEAR])
+def test_mixed_precision_is_that_of_training_and_never_of_scores(
+    judged: tuple[JudgedPairs, JudgedPairs], tmp_path: Path, plan: RewardPlan
+) -> None:
+    as_judged = as_ratings if plan.head == "regression" else as_pairs
+    learnt, held_out = (as_judged(half) for half in judged)
     training = RewardTraining(
-        plan, as_pairs(judged[0]).pick(range(16)), options=RewardOptions(batch_size=8)
+        replace(plan, trains="blocks", image_blocks=1),
+        learnt.pick(range(16)),
+        options=RewardOptions(batch_size=8, validate_every=1),
+        validation=held_out.pick(range(16)),
     )
-    result = run(training, tmp_path, 2, 1e-4, mixed_precision="bf16")
+    computed: dict[bool, set[torch.dtype]] = {True: set(), False: set()}
+    block = training.reward.network.model.visual.transformer.resblocks[-1]
+
+    def look(_: Any, __: Any, output: torch.Tensor) -> None:
+        computed[training.reward.network.training].add(output.dtype)
+
+    with block.mlp.register_forward_hook(look):
+        result = run(training, tmp_path, 2, 1e-4, mixed_precision="bf16")
+    assert computed == {True: {torch.bfloat16}, False: {torch.float32}}
     assert all(math.isfinite(row["train/loss"]) for row in result.rows())
     assert all(p.dtype == torch.float32 for p in training.reward.trained().values())
 
