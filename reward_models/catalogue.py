@@ -15,7 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 from reward_models.base import Reward, RewardError, require_gradient
-from reward_models.table import ROWS, TOWERS, FilePath, LoadOptions, Row, Tower
+from reward_models.table import ROWS, FilePath, LoadOptions, Row
+from reward_models.towers import TOWERS, Tower
 
 __all__ = [
     "ROWS",

@@ -34,7 +34,8 @@ from reward_models.clip_tower import ClipTower, Framing
 from reward_models.cross_attention import cross_model_from
 from reward_models.mps import CONDITION, MPSReward
 from reward_models.plan import HeadKind, Layers
-from reward_models.table import TOWERS, FilePath, LoadOptions
+from reward_models.table import FilePath, LoadOptions
+from reward_models.towers import TOWERS
 from reward_models.weights import read_tensors
 
 FORMAT = 1

@@ -33,7 +33,8 @@ from reward_models.networks import (
     new_cross,
 )
 from reward_models.plan import HeadKind, RewardPlan
-from reward_models.table import TOWERS, FilePath
+from reward_models.table import FilePath
+from reward_models.towers import TOWERS
 from reward_models.trained import (
     HEAD,
     Card,
