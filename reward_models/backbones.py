@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from reward_models.base import RewardError
-from reward_models.catalogue import TOWERS
 from reward_models.clip_tower import ClipTower, one_pass, open_clip_package
+from reward_models.towers import TOWERS
 from reward_models.weights import ASSETS, load_strict, locate, read_tensors
 from reward_models.weights.layouts import to_open_clip
 
@@ -57,7 +57,7 @@ def load_tower(
     """The tower of that name; the same file, device and dtype give the same object again.
 
     Args:
-        name: a key of `catalogue.TOWERS`.
+        name: a key of `towers.TOWERS`.
         given: the user's own copy of its weights: a state dict in open_clip's or transformers'
             layout (.safetensors, .pt, .bin) or, for OpenAI's CLIP, the published TorchScript
             archive.

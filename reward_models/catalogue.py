@@ -1,20 +1,27 @@
-"""Rewards by name: find a row of the table, build what it describes.
+"""Rewards by name: what `names` finds, built as the table describes it.
 
 Nothing in this module imports torch, so a mistyped name is answered at once.
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from reward_models.base import Reward, RewardError, require_gradient
+from reward_models.names import (
+    TRAINED_FILE,
+    check_single,
+    existing_file,
+    find,
+    is_file,
+    names,
+    row_of,
+)
 from reward_models.table import ROWS, FilePath, LoadOptions, Row
 from reward_models.towers import TOWERS, Tower
 
@@ -28,48 +35,12 @@ __all__ = [
     "canonical",
     "check_name",
     "components",
+    "existing_file",
     "find",
+    "is_file",
     "load",
     "names",
 ]
-
-# How the file of a trained reward is called in the folder of its run.
-TRAINED_FILE = "reward.safetensors"
-
-_ALIASES = {
-    "aesthetic-v2": "aesthetic",
-    "clip-score": "clip",
-    "clipscore": "clip",
-    "hps-v2": "hpsv2",
-    "hps-v2.1": "hpsv2.1",
-    "imagereward": "image-reward",
-    "pick-score": "pickscore",
-}
-
-
-def names() -> list[str]:
-    """The names that `load` knows, in the order of the table."""
-    return list(ROWS)
-
-
-def find(name: str) -> Row:
-    """The row of a name; case, surrounding blanks and `_` for `-` do not matter.
-
-    Raises:
-        RewardError: with the nearest name.
-    """
-    if (row := _row_of(name)) is not None:
-        return row
-    word = _word(name)
-    if not word:
-        raise RewardError("the name of the reward is empty", fix=f"Rewards: {', '.join(ROWS)}")
-    close = difflib.get_close_matches(word, [*ROWS, *_ALIASES], n=1)
-    hint = f"did you mean {close[0]} ?   " if close else ""
-    raise RewardError(
-        f"unknown reward {name!r}",
-        fix=f"{hint}Rewards: {', '.join(ROWS)}; a sum of them (0.7*hpsv2.1 + 0.3*aesthetic); "
-        "the file of a trained one; or your own as package.module:Name",
-    )
 
 
 def canonical(name: str) -> str:
@@ -86,18 +57,8 @@ def canonical(name: str) -> str:
 
     if is_expression(name):
         return str(parse_expression(name))
-    row = _row_of(name)
+    row = row_of(name)
     return name if row is None else row.info.name
-
-
-def _word(name: str) -> str:
-    """A name as the table and the aliases write it, whether they hold it or not."""
-    return name.strip().lower().replace("_", "-")
-
-
-def _row_of(name: str) -> Row | None:
-    word = _word(name)
-    return ROWS.get(_ALIASES.get(word, word))
 
 
 def check_name(name: str) -> None:
@@ -110,10 +71,8 @@ def check_name(name: str) -> None:
 
     if is_expression(name):
         parse_expression(name)
-    elif is_file(name):
-        existing_file(name)
-    elif ":" not in name:
-        find(name)
+    else:
+        check_single(name)
 
 
 def components(name: str) -> list[str]:
@@ -201,23 +160,6 @@ def _build(
     build: Callable[[Row, LoadOptions], Any] = getattr(import_module(module), function)
     reward: Reward = build(row, options)
     return reward
-
-
-def is_file(name: str) -> bool:
-    """Whether a name is the path of a trained reward; a folder does not shadow a known reward."""
-    if not name.strip() or _row_of(name) is not None:
-        return False
-    return name.endswith(".safetensors") or Path(name).expanduser().is_dir()
-
-
-def existing_file(name: str) -> Path:
-    """The weight file behind a path: itself, or the one in its folder."""
-    path = Path(name).expanduser()
-    for file in (path / TRAINED_FILE, path / "final" / TRAINED_FILE) if path.is_dir() else (path,):
-        if file.is_file():
-            return file
-    what = f"holds no {TRAINED_FILE}" if path.is_dir() else "no such reward file"
-    raise RewardError(what, where=name, fix="give the file or the run folder of a trained reward")
 
 
 def _refuse(

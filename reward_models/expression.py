@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, NoReturn
 
 from reward_models.base import RewardError
+from reward_models.names import check_single, row_of
 
 EXAMPLE = "0.7*hpsv2.1 + 0.3*aesthetic, or percent(hpsv2.1) - 2*unit(aesthetic)"
 
@@ -100,18 +101,17 @@ def parse_expression(text: str) -> Expression:
     Raises:
         RewardError: the first mistake, with a caret below it and what is expected there.
     """
-    from reward_models.catalogue import check_name, find
     from reward_models.presets import check_preset, normalisation
 
     places = _read(text)
     checked: list[tuple[Term, int]] = []
     for term, at in places:
         try:
-            check_name(term.name)
+            check_single(term.name)
         except RewardError as error:
             _refuse(text, at, error.what, _misread(term.name) or error.fix)
-        if _in_catalogue(term.name):
-            term = replace(term, name=find(term.name).info.name)
+        if (row := row_of(term.name)) is not None:
+            term = replace(term, name=row.info.name)
         if term.preset:
             try:
                 term = replace(term, preset=check_preset(term.preset))
@@ -240,24 +240,14 @@ def _without_repeats(text: str, places: Sequence[tuple[Term, int]]) -> Expressio
     return Expression(tuple(term for term, _ in places))
 
 
-def _in_catalogue(name: str) -> bool:
-    from reward_models.catalogue import find
-
-    try:
-        find(name)
-    except RewardError:
-        return False
-    return True
-
-
 def _misread(name: str) -> str:
     """What to write instead of `pickscore/26` and `hpsv2.1-clip`, which read as one name each."""
     whole, _, divisor = name.rpartition("/")
-    if re.fullmatch(_NUMBER, divisor) and float(divisor) and _in_catalogue(whole):
+    if re.fullmatch(_NUMBER, divisor) and float(divisor) and row_of(whole):
         return f"there is no division: write {1 / float(divisor):.6g}*{whole}"
     for dash in re.finditer("-", name):
         left, right = name[: dash.start()], name[dash.end() :]
-        if _in_catalogue(left) and _in_catalogue(right):
+        if row_of(left) and row_of(right):
             return f"a minus needs blanks around it: {left} - {right}"
     return ""
 

@@ -58,7 +58,7 @@ CONDITION = (
 THRESHOLD = 0.3
 # Prompts and condition are read as transformers' fast CLIP tokenizer reads them.
 CLEANING: Cleaning = "nfc"
-# Which of `catalogue.TOWERS` has the shape of the tower that the published files carry.
+# Which of `towers.TOWERS` has the shape of the tower that the published files carry.
 PUBLISHED_TOWER = "clip-h"
 # The newest prompts are kept encoded; each takes 0.3 MB at full size.
 REMEMBERED_PROMPTS = 128

@@ -52,7 +52,7 @@ class Card:
     """What a trained reward is, without its tensors. All values are plain JSON.
 
     Attributes:
-        tower, tower_values: a name of `catalogue.TOWERS`, and a few of its numbers.
+        tower, tower_values: a name of `towers.TOWERS`, and a few of its numbers.
         scaled: the score of a cosine head is multiplied by the tower's exp(logit_scale).
         layers: of a regression head, see `RewardPlan`.
         trained_on: names of the data; validation: agreement with data held out, by name.
