@@ -4,9 +4,10 @@
 
 A folder gives the images and videos in it and below it, in the order of their names; hidden ones
 (their name begins with a dot) are left out. A pattern that the shell did not expand gives what it
-matches, media only; `**` stands for any number of folders. A table gives a row per item: a column
-`path` (also file, file_name, image, video) and, if it has one, `prompt` (also caption, text). Paths
-in a table count from the table's own folder, or else from the working folder.
+matches, media only (the other files are `Found.left_out`); `**` stands for any number of folders. A
+table gives a row per item: a column `path` (also file, file_name, image, video) and, if it has one,
+`prompt` (also caption, text). Paths in a table count from the table's own folder, or else from the
+working folder.
 
 Nothing is read but the tables, and torch is not needed for files, patterns and tables.
 """
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,7 @@ PATH_COLUMNS = ("path", "file", "file_name", "image", "video")
 PROMPT_COLUMNS = ("prompt", "caption", "text")
 
 _NAMED_PROBLEMS = 20
+_NAMED_ENDINGS = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,42 @@ class Item:
     where: str = ""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What there is to score.
+
+    Args:
+        items: each (path, prompt) once.
+        left_out: visible files of folders and patterns that are no image or video by their ending.
+    """
+
+    items: list[Item]
+    left_out: list[Path]
+
+    def left_out_in_words(self, but: Iterable[Path | None] = ()) -> str:
+        """How many files of which endings were left out; "" if none.
+
+        Args:
+            but: files that are known, such as a table of prompts.
+        """
+        known = {path.resolve() for path in but if path is not None}
+        left = [path for path in self.left_out if path.resolve() not in known]
+        if not left:
+            return ""
+        endings = Counter(path.suffix.lower() or "no ending" for path in left).most_common()
+        named = [f"{ending} {count}" for ending, count in endings[:_NAMED_ENDINGS]]
+        if len(endings) > _NAMED_ENDINGS:
+            named.append("others")
+        what = "1 file that is" if len(left) == 1 else f"{len(left)} files that are"
+        return f"left out: {what} no image or video by the ending ({', '.join(named)})"
+
+
 def find_items(paths: Iterable[FilePath]) -> list[Item]:
+    """The items of `look`."""
+    return look(paths).items
+
+
+def look(paths: Iterable[FilePath]) -> Found:
     """The images and videos of files, folders, patterns and tables, each (path, prompt) once.
 
     Files are taken as they are given, whatever their ending.
@@ -55,18 +94,19 @@ def find_items(paths: Iterable[FilePath]) -> list[Item]:
         RewardError: a path that does not exist, a pattern that matches nothing, rows of a table
             without a path (all of them are named), or nothing to score at all.
     """
-    suffixes = _Suffixes()
-    found = [item for path in paths for item in _items_of(str(path), suffixes)]
+    suffixes, given = _Suffixes(), [str(path) for path in paths]
+    found = [item for path in given for item in _items_of(path, suffixes)]
     if not found:
         raise RewardError("there are no images or videos to score", fix=suffixes.advice())
-    return _once(found)
+    asked_for = set(map(Path, given))  # a table, or a picture without an ending
+    return Found(_once(found), [path for path in suffixes.others if path not in asked_for])
 
 
 def find_images(paths: Iterable[FilePath]) -> list[Path]:
     """As `find_items`, but of folders and patterns the images alone, and without prompts.
 
     Raises:
-        RewardError: as `find_items`.
+        RewardError: as `look`.
     """
     suffixes = _Suffixes(videos=False)
     found = [item.path for path in paths for item in _items_of(str(path), suffixes)]
@@ -138,11 +178,23 @@ def _once(items: Iterable[Item]) -> list[Item]:
 
 
 class _Suffixes:
-    """The endings of media, looked up when a folder or pattern is met: their modules need torch."""
+    """The endings of media, looked up when a folder or pattern is met: their modules need torch.
+
+    `others` are the files that have another, each once.
+    """
 
     def __init__(self, *, videos: bool = True) -> None:
         self.videos = videos
+        self.others: dict[Path, None] = {}
 
+    def admit(self, file: Path) -> bool:
+        """Whether a file that was found has such an ending; one that has not is remembered."""
+        admitted = file.suffix.lower() in self.known
+        if not admitted:
+            self.others[file] = None
+        return admitted
+
+    @cached_property
     def known(self) -> frozenset[str]:
         from reward_models.media import IMAGE_SUFFIXES
 
@@ -153,7 +205,7 @@ class _Suffixes:
         return IMAGE_SUFFIXES | frozenset(VIDEO_SUFFIXES)
 
     def advice(self) -> str:
-        return f"known endings: {' '.join(sorted(self.known()))}"
+        return f"known endings: {' '.join(sorted(self.known))}"
 
 
 def _items_of(given: str, suffixes: _Suffixes) -> Iterator[Item]:
@@ -169,14 +221,12 @@ def _items_of(given: str, suffixes: _Suffixes) -> Iterator[Item]:
 
 
 def _media_below(folder: Path, suffixes: _Suffixes) -> list[Path]:
-    known = suffixes.known()
-    return sorted(
+    visible = (
         path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in known
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
+        for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    return [path for path in visible if path.is_file() and suffixes.admit(path)]
 
 
 def _items_of_pattern(pattern: str, suffixes: _Suffixes) -> Iterator[Item]:
@@ -190,7 +240,7 @@ def _items_of_pattern(pattern: str, suffixes: _Suffixes) -> Iterator[Item]:
         elif wants_tables:
             items = _items_of_table(path)
         else:
-            items = [Item(path)] if path.suffix.lower() in suffixes.known() else []
+            items = [Item(path)] if suffixes.admit(path) else []
         for item in items:
             any_item = True
             yield item

@@ -1,4 +1,4 @@
-"""Reading pictures from disk as float32 [3, H, W] in [0, 1], and the way back to uint8.
+"""Reading pictures from disk: levels, or float32 [3, H, W] in [0, 1], and the way back to uint8.
 
 Files come as cameras and editors leave them: turned by an EXIF flag, with transparency, palettes,
 16 bits, ink colours or grey. Each is brought to upright RGB; transparency is laid over white, the
@@ -15,6 +15,7 @@ import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -24,8 +25,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from reward_models.base import RewardError
+from reward_models.pixels import Picture, stack
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+# The endings of what is read below. (.mpo is a JPEG with more pictures behind the first; .pfm is
+# not here, because its pixels have no known range.)
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".avif", ".avifs"}
+    | {".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c"}
+)
 
 # Pillow knows more, and would for instance hand a PostScript file named .png to Ghostscript.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
@@ -42,6 +50,9 @@ _DECODING_ERRORS = (
     zlib.error,
 )
 
+DECODED_BYTES = 8
+"""Of one pixel while it is decoded, at most: Pillow's own four, and as many of the levels."""
+
 # `warnings.catch_warnings` changes the whole process: readers in several threads take turns.
 _OPENING = threading.Lock()
 
@@ -55,6 +66,20 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         float32 [3, H, W] in [0, 1], upright, RGB, transparency over white.
 
     Raises:
+        RewardError: as `read_picture`.
+    """
+    return stack([read_picture(path)])[0]
+
+
+def read_picture(
+    path: str | os.PathLike[str], reserve: Callable[[int], None] | None = None
+) -> Picture:
+    """Read one picture (of an animation the first frame) as the levels of its file.
+
+    Args:
+        reserve: told how many bytes decoding takes, when the head was read and nothing more.
+
+    Raises:
         RewardError: naming the file, when it is missing, empty, damaged, cut off, no picture, has
             pixels of unknown range, or more of them than Pillow decodes (twice
             `PIL.Image.MAX_IMAGE_PIXELS`; then none is decoded).
@@ -66,10 +91,12 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
         raise RewardError(what, where=where)
     try:
         with _open(path) as image:
+            if reserve is not None:
+                reserve(image.width * image.height * DECODED_BYTES)
             image.load()
             # In place: a copy of a large photograph is not free.
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image, where)
+            return Picture(_levels(image, where))
     except Image.DecompressionBombError as error:
         raise RewardError(
             f"is not decoded, it may be a decompression bomb ({error})",
@@ -117,22 +144,15 @@ def _open(path: Path) -> Image.Image:
         return Image.open(path, formats=_formats())
 
 
-def _to_rgb(image: Image.Image, where: str) -> Tensor:
-    """float32 [3, H, W] in [0, 1] of a decoded picture in whatever mode."""
+def _levels(image: Image.Image, where: str) -> Tensor:
+    """What a `Picture` holds, of a decoded picture in whatever mode."""
     if image.mode == "F":
         raise _unknown_range("floating-point pixels", where)
     if image.mode.startswith("I"):
-        return _deep_grey(image, where).expand(3, -1, -1).clone()
-    if image.has_transparency_data:
-        rgba = _from_bytes(image.convert("RGBA"))
-        colour, alpha = rgba[:3], rgba[3:]
-        return colour * alpha + (1 - alpha)
-    return _from_bytes(image.convert("RGB"))
-
-
-def _from_bytes(image: Image.Image) -> Tensor:
-    """uint8 [H, W, C] to float32 [C, H, W] in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().float().div_(255)
+        return _deep_grey(image, where)[..., None]
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    # `convert` copies even where nothing is to be done.
+    return torch.from_numpy(np.array(image if image.mode == mode else image.convert(mode)))
 
 
 def _deep_grey(image: Image.Image, where: str) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reward_models.aesthetic import AestheticHead, score_embeddings
-from reward_models.clip_tower import ClipTower, following_autocast, without_autocast
+from reward_models.clip_tower import Cleaning, ClipTower, following_autocast, without_autocast
 from reward_models.cross_attention import CrossModel
 from reward_models.mps import Reading, condition_tokens, fused_score, read_prompts
 
@@ -31,10 +31,12 @@ Texts = Tensor | Reading | Sequence[str] | None
 class CosineNetwork(nn.Module):
     """exp(logit_scale) * cos(image, text)."""
 
-    def __init__(self, tower: ClipTower, *, frozen_images: bool, frozen_texts: bool) -> None:
+    def __init__(
+        self, tower: ClipTower, *, cleaning: Cleaning, frozen_images: bool, frozen_texts: bool
+    ) -> None:
         super().__init__()
         self.model = tower.model
-        self._tower = tower
+        self._tower, self._cleaning = tower, cleaning
         self._frozen_images, self._frozen_texts = frozen_images, frozen_texts
 
     def train(self, mode: bool = True) -> CosineNetwork:
@@ -55,7 +57,8 @@ class CosineNetwork(nn.Module):
             if self._frozen_texts:
                 text = texts @ self.model.text_projection
             else:
-                text = self._tower.encode_text(self._tower.tokenize(texts).ids)
+                tokens = self._tower.tokenize(texts, cleaning=self._cleaning)
+                text = self._tower.encode_text(tokens.ids)
         text = text.repeat(len(image) // len(text), 1)
         cosine = F.cosine_similarity(image.float(), text.float(), dim=-1)
         return (self.factor() * cosine)[:, None]

@@ -11,29 +11,28 @@ error is tried again: where the file was repaired meanwhile, the new row takes t
 A file that is not such a result, or was made in another way, is refused and left as it is.
 
 Every file is read once for all rewards, and the next ones are read while the current are scored.
+Pictures wait as levels (`pixels`) and are scored in groups of bounded bytes, which are cut by the
+sizes of a batch's pictures alone: memory grows neither with a batch's photographs nor with timing.
 Rewards on one tower share its forward pass. Of a video only the frames are decoded that some reward
 looks at: an image reward sees those that `frames` selects, and its scores of them are pooled.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from reward_models.base import Reward, RewardError, Scores, check_scores
-from reward_models.clip_tower import one_pass
+from reward_models.base import Reward, RewardError
 from reward_models.clips import Clip, ClipView
 from reward_models.inputs import Item, find_images, is_video, read_prompts, with_prompts
-from reward_models.media import read_image
-from reward_models.read_ahead import read_ahead
+from reward_models.judging import Judged, Judges, error_of
+from reward_models.media import read_picture
+from reward_models.pixels import Picture, stack
+from reward_models.read_ahead import READ_AHEAD, Reserve, read_ahead
 from reward_models.rows import Results, ScoredFile
 
 __all__ = [
@@ -50,7 +49,8 @@ __all__ = [
 FilePath = str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 
-NO_VIDEO = "scores videos, and this is an image"
+LARGEST_GROUP = 2**28
+"""Bytes of pictures, as float32, that are scored at once; one that is larger is scored alone."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def score_files(
 ) -> list[ScoredFile]:
     """Score every image and video with every reward.
 
-    Images of one batch that differ in size are scored in groups of equal size; videos one by one.
+    Images of one batch that differ in size are scored in groups of equal size, large ones in groups
+    of at most `LARGEST_GROUP` bytes; videos one by one.
     Where an image reward meets a video, `frames` and `pool` say how (`reward_models.video`); where
     a video reward meets an image, the score is None and the row's error says so.
 
@@ -150,9 +151,9 @@ def score_items(
     view = view or ClipView()
     if results is not None:
         results.made_with(frames=view.frames, pool=view.pool)
-    work = _Work(rewards, view, parts)
+    judges = Judges(rewards, view, parts)
     batches = [
-        _planned(items[start : start + batch_size], results, work)
+        _planned(items[start : start + batch_size], results, judges)
         for start in range(0, len(items), batch_size)
     ]
     rows: list[ScoredFile] = []
@@ -160,10 +161,10 @@ def score_items(
         progress(0, len(items))
     complete = False
     try:
-        units = (unit.reads for batch in batches for unit in batch.units)
-        with closing(read_ahead(units)) as media:
+        jobs = (job for batch in batches for job in _jobs(batch, judges))
+        with closing(read_ahead(jobs, ahead=batch_size)) as media:
             for batch in batches:
-                rows += _finished(batch, media, work, results)
+                rows += _finished(batch, media, judges, results)
                 if progress is not None:
                     progress(len(rows), len(items))
         complete = True
@@ -171,139 +172,87 @@ def score_items(
         # An interrupted run keeps what was repaired as well.
         if results is not None:
             results.close(complete=complete)
-    return Scored(rows, work.truncated)
+    return Scored(rows, judges.truncated)
 
 
-Media = Tensor | Clip | RewardError
+Media = Picture | Clip | RewardError
 """What reading a file gives; the error of one that cannot be read."""
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """What is read and scored at once: the pictures of a batch, or one clip.
+class _Batch:
+    """Items that are scored together, and their old rows.
 
     Args:
-        reads: one per file.
-        places: of every file, the items of the batch that it belongs to.
+        files: what is to be read, pictures first, with the items that each belongs to; none if all
+            rows stand.
+        doubtful: files whose rows are errors of an earlier run, where no row is missing: only if
+            one of them can be read by now, the batch is scored.
     """
-
-    reads: list[Callable[[], Media]]
-    places: list[list[int]]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    """Items that are scored together, their old rows, and what is to be read: () if all stand."""
 
     items: Sequence[Item]
     old: list[ScoredFile | None]
-    units: tuple[_Unit, ...]
+    files: Mapping[Path, list[int]]
+    doubtful: Sequence[Path] = ()
 
 
-@dataclass
-class _Judged:
-    """What became of one item: its scores, and the reasons of rewards that have none to give."""
-
-    scores: dict[str, float | None] = field(default_factory=dict)
-    reasons: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class _Work:
-    """What scores, and the count of what it had to cut."""
-
-    rewards: Mapping[str, Reward]
-    view: ClipView
-    parts: bool
-    truncated: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.truncated = dict.fromkeys(self.rewards, 0)
-
-    def read(self, path: Path) -> Media:
-        """The media of a file, or why it has none."""
-        try:
-            if is_video(path):
-                return self.view.read(path, self.rewards.values())
-            return read_image(path)
-        except RewardError as error:
-            return error
-
-    def standing_error(self, path: Path) -> str | None:
-        """The error of an image whatever its pixels are: video rewards do not look at it."""
-        if is_video(path):
-            return None
-        names = [name for name, r in self.rewards.items() if r.info.modality == "video"]
-        return _error_of({}, dict.fromkeys(names, NO_VIDEO))
-
-    def judge(self, media: Tensor | Clip, texts: Sequence[str]) -> list[_Judged]:
-        """Judge pictures [B, 3, H, W] with their B prompts, or one clip with each of B prompts."""
-        table = [_Judged() for _ in texts]
-        with torch.no_grad(), one_pass():
-            for name, reward in self.rewards.items():
-                scores = self._scores(media, texts, name, reward)
-                if isinstance(scores, RewardError):
-                    for row in table:
-                        row.scores[name] = None
-                        row.reasons[name] = scores.what
-                    continue
-                scores = check_scores(scores, len(texts), name)
-                self.truncated[name] += scores.truncated
-                _enter(table, name, scores, self.parts)
-        return table
-
-    def _scores(
-        self, media: Tensor | Clip, texts: Sequence[str], name: str, reward: Reward
-    ) -> Scores | RewardError:
-        """The scores of one reward; an error where it cannot look at such media."""
-        if isinstance(media, Tensor):
-            if reward.info.modality == "video":
-                return RewardError(NO_VIDEO)
-            return reward.score(media, texts)
-        try:
-            return self.view.score(reward, media, texts)
-        except RewardError as error:
-            # A temporal reward refuses clips that others can score, for instance of one frame.
-            if reward.info.modality == "video":
-                return error
-            raise
-
-
-def _planned(items: Sequence[Item], results: Results | None, work: _Work) -> _Batch:
+def _planned(items: Sequence[Item], results: Results | None, judges: Judges) -> _Batch:
+    """What is to be done about a batch, by the rows of an earlier run; no file is opened."""
     old = [
         None if results is None else results.get(str(item.path), item.prompt or "")
         for item in items
     ]
-    if all(_is_final(row, item, work) for row, item in zip(old, items)):
-        return _Batch(items, old, ())
+    doubtful = [
+        item.path
+        for row, item in zip(old, items)
+        if row is not None and row.error and row.error != judges.standing_error(item.path)
+    ]
+    if None not in old and not doubtful:
+        return _Batch(items, old, {})
     # Half a batch may be there already. The whole is scored again, so that batches, and with them
     # the last bits, are those of an uninterrupted run.
     places: dict[Path, list[int]] = {}
-    for index, item in enumerate(items):
-        places.setdefault(item.path, []).append(index)
-    videos = [path for path in places if is_video(path)]
-    pictures = [path for path in places if path not in videos]
-    units = [_Unit([partial(work.read, p) for p in pictures], [places[p] for p in pictures])]
-    units += [_Unit([partial(work.read, path)], [places[path]]) for path in videos]
-    return _Batch(items, old, tuple(unit for unit in units if unit.reads))
+    for index in sorted(range(len(items)), key=lambda index: is_video(items[index].path)):
+        places.setdefault(items[index].path, []).append(index)
+    return _Batch(items, old, places, () if None in old else list(dict.fromkeys(doubtful)))
 
 
-def _is_final(row: ScoredFile | None, item: Item, work: _Work) -> bool:
-    """Whether a row of an earlier run still stands: its file may have been repaired since."""
-    if row is None:
-        return False
-    if not row.error or row.error == work.standing_error(item.path):
-        return True
-    return isinstance(work.read(item.path), RewardError)
+def _jobs(batch: _Batch, judges: Judges) -> Iterator[Callable[[Reserve], Media | None]]:
+    if batch.doubtful:
+        return (partial(_probe, path, judges) for path in batch.doubtful)
+    return (partial(_read, path, judges) for path in batch.files)
+
+
+def _read(path: Path, judges: Judges, reserve: Reserve) -> Media:
+    """The media of a file, or why it has none."""
+    try:
+        if is_video(path):
+            reserve(READ_AHEAD)  # one clip at a time, whatever it holds
+            return judges.view.read(path, judges.rewards.values())
+        return read_picture(path, reserve)
+    except RewardError as error:
+        return error
+
+
+def _probe(path: Path, judges: Judges, reserve: Reserve) -> Media | None:
+    """Why a file cannot be read; None if it can."""
+    media = _read(path, judges, reserve)
+    return media if isinstance(media, RewardError) else None
 
 
 def _finished(
-    batch: _Batch, media: Iterator[list[Media]], work: _Work, results: Results | None
+    batch: _Batch, media: Iterator[Media | None], judges: Judges, results: Results | None
 ) -> list[ScoredFile]:
     """The rows of a batch, old ones and new, the new ones written."""
-    if not batch.units:
+    errors = [next(media) for _ in batch.doubtful]
+    if not batch.files or (errors and None not in errors):
         return [row for row in batch.old if row is not None]
-    fresh = _score_batch(batch, media, work)
+    if errors:
+        jobs = (partial(_read, path, judges) for path in batch.files)
+        with closing(read_ahead(jobs, ahead=len(batch.items))) as again:
+            fresh = _score_batch(batch, again, judges)
+    else:
+        fresh = _score_batch(batch, media, judges)
     pairs = list(zip(batch.old, fresh, strict=True))
     if results is not None:
         results.add([new for row, new in pairs if row is None])
@@ -311,55 +260,59 @@ def _finished(
     return [new if row is None or row.error else row for row, new in pairs]
 
 
-def _score_batch(batch: _Batch, media: Iterator[list[Media]], work: _Work) -> list[ScoredFile]:
-    judged: dict[int, _Judged] = {}
+def _score_batch(batch: _Batch, media: Iterator[Media | None], judges: Judges) -> list[ScoredFile]:
+    judged: dict[int, Judged] = {}
     errors: dict[int, str] = {}
-    for unit in batch.units:
-        groups: dict[torch.Size, list[tuple[int, Tensor]]] = {}
-        for found, places in zip(next(media), unit.places, strict=True):
-            if isinstance(found, RewardError):
-                errors |= {index: _unreadable(found, batch.items[index]) for index in places}
-            elif isinstance(found, Clip):
-                texts = [batch.items[index].prompt or "" for index in places]
-                judged |= zip(places, work.judge(found, texts), strict=True)
-            else:
-                groups.setdefault(found.shape, []).extend((index, found) for index in places)
-        for group in groups.values():
-            group.sort(key=lambda member: member[0])
-            texts = [batch.items[index].prompt or "" for index, _ in group]
-            pictures = torch.stack([picture for _, picture in group])
-            judged |= zip([i for i, _ in group], work.judge(pictures, texts), strict=True)
+    waiting: list[tuple[int, Picture]] = []
+    size = 0  # of those that wait, as float32
+    for places in batch.files.values():
+        found = next(media)
+        if isinstance(found, RewardError):
+            errors |= {index: _unreadable(found, batch.items[index]) for index in places}
+        elif isinstance(found, Clip):
+            judged |= _judge_pictures(waiting, batch.items, judges)
+            waiting, size = [], 0
+            texts = [batch.items[index].prompt or "" for index in places]
+            judged |= zip(places, judges.judge(found, texts), strict=True)
+        elif found is not None:
+            size += found.float_bytes * len(places)
+            if size > LARGEST_GROUP:
+                judged |= _judge_pictures(waiting, batch.items, judges)
+                waiting, size = [], found.float_bytes * len(places)
+            waiting += [(index, found) for index in places]
+    judged |= _judge_pictures(waiting, batch.items, judges)
     rows = []
     for index, item in enumerate(batch.items):
-        result = judged.get(index) or _Judged(dict.fromkeys(work.rewards))
-        named = {name: result.scores[name] for name in work.rewards}
-        error = errors.get(index) or _error_of(named, result.reasons)
+        result = judged.get(index) or Judged(dict.fromkeys(judges.rewards))
+        named = {name: result.scores[name] for name in judges.rewards}
+        error = errors.get(index) or error_of(named, result.reasons)
         rows.append(ScoredFile(str(item.path), item.prompt or "", result.scores, error))
     return rows
+
+
+def _judge_pictures(
+    pictures: Sequence[tuple[int, Picture]], items: Sequence[Item], judges: Judges
+) -> dict[int, Judged]:
+    """By item what rewards say of its picture; those of one size are looked at together."""
+    judged: dict[int, Judged] = {}
+    groups: dict[tuple[int, int], list[tuple[int, Picture]]] = {}
+    for index, picture in pictures:
+        groups.setdefault(picture.size, []).append((index, picture))
+    for group in groups.values():
+        group.sort(key=lambda member: member[0])
+        # One picture may have more prompts than there is room for copies of it.
+        count = max(1, LARGEST_GROUP // group[0][1].float_bytes)
+        for start in range(0, len(group), count):
+            indices, members = zip(*group[start : start + count], strict=True)
+            texts = [items[index].prompt or "" for index in indices]
+            judged |= zip(indices, judges.judge(stack(members), texts), strict=True)
+    return judged
 
 
 def _unreadable(error: RewardError, item: Item) -> str:
     if item.where and not item.path.is_file():
         return f"{error} (named in {item.where})"
     return str(error)
-
-
-def _error_of(scores: Mapping[str, float | None], reasons: Mapping[str, str]) -> str | None:
-    """What the row of a file that could be read says about scores that are missing."""
-    blind = [name for name, value in scores.items() if value is None and name not in reasons]
-    problems = [f"could not be scored by {', '.join(blind)}"] if blind else []
-    problems += [f"{name}: {reason}" for name, reason in reasons.items()]
-    return "; ".join(problems) or None
-
-
-def _enter(table: Sequence[_Judged], name: str, scores: Scores, parts: bool) -> None:
-    """Write a reward's scores, and its parts behind them if wanted, into the rows' tables."""
-    columns = {name: scores.values}
-    if parts:
-        columns |= {f"{name}/{part}": values for part, values in scores.parts.items()}
-    for key, values in columns.items():
-        for row, value in zip(table, values.tolist(), strict=True):
-            row.scores[key] = None if math.isnan(value) else value
 
 
 def _refuse_group_judges(rewards: Mapping[str, Reward]) -> None:

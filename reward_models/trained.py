@@ -30,7 +30,7 @@ from reward_models.backbones import (
 )
 from reward_models.base import Reward, RewardError, RewardInfo
 from reward_models.clip_score import CosineReward
-from reward_models.clip_tower import ClipTower, Framing
+from reward_models.clip_tower import Cleaning, ClipTower, Framing
 from reward_models.cross_attention import cross_model_from
 from reward_models.mps import CONDITION, MPSReward
 from reward_models.plan import HeadKind, Layers
@@ -53,6 +53,7 @@ class Card:
 
     Attributes:
         tower, tower_values: a name of `towers.TOWERS`, and a few of its numbers.
+        cleaning: how a cosine head's prompts become words, see `ClipTower.tokenize`.
         scaled: the score of a cosine head is multiplied by the tower's exp(logit_scale).
         layers: of a regression head, see `RewardPlan`.
         trained_on: names of the data; validation: agreement with data held out, by name.
@@ -65,6 +66,7 @@ class Card:
     attributes: tuple[str, ...] = (OVERALL,)
     framing: Framing = "crop"
     antialias: bool = True
+    cleaning: Cleaning = "ftfy"
     scaled: bool = False
     layers: Layers = "linear"
     condition: str = CONDITION
@@ -118,7 +120,12 @@ def build_reward(
             )
         scale = tower.logit_scale if card.scaled else 1.0
         return CosineReward(
-            card.info, tower, scale=scale, framing=card.framing, antialias=card.antialias
+            card.info,
+            tower,
+            scale=scale,
+            framing=card.framing,
+            antialias=card.antialias,
+            cleaning=card.cleaning,
         )
     if card.head == "cross":
         cross = cross_model_from(head, path).to(tower.device)
@@ -289,6 +296,8 @@ def _card_of(content: Any) -> Card:
     texts = (card.name, card.tower, card.range, card.licence, card.source, card.condition)
     if card.head not in get_args(HeadKind) or card.framing not in get_args(Framing):
         raise ValueError(f"head {card.head!r}, framing {card.framing!r}")
+    if card.cleaning not in get_args(Cleaning):
+        raise ValueError(f"cleaning {card.cleaning!r}")
     if card.layers not in get_args(Layers) or not all(isinstance(t, str) for t in texts):
         raise ValueError("values of another kind than the card's")
     numbers = (*card.tower_values, card.threshold, *card.validation.values())

@@ -173,7 +173,8 @@ class TrainableReward:
         with torch.no_grad():
             if isinstance(self.network, CrossNetwork):
                 return self.network.read(prompts)
-            return self._frozen.encode_text(self._frozen.tokenize(prompts).ids)
+            tokens = self._frozen.tokenize(prompts, cleaning=self._card.cleaning)
+            return self._frozen.encode_text(tokens.ids)
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Outputs of `network` [N, A] on the scale that the reward is published on."""
@@ -248,6 +249,7 @@ class TrainableReward:
             )
         return CosineNetwork(
             self._tower,
+            cleaning=self._card.cleaning,
             frozen_images=self.images_are_frozen,
             frozen_texts=self.texts_are_frozen,
         )
@@ -360,6 +362,7 @@ def _card(
         attributes=attributes,
         framing=plan.framing or (cosine.framing if cosine else "crop"),
         antialias=cosine.antialias if cosine else True,
+        cleaning=cosine.cleaning if cosine else "ftfy",
         scaled=cosine is not None and cosine.scale != 1.0,
         condition=plan.condition or (cross.condition if cross else CONDITION),
         threshold=_first(plan.threshold, cross.threshold if cross else None, THRESHOLD),

@@ -7,6 +7,7 @@ of the seed and the iteration. The losses are those of `reward_losses`, the netw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -272,7 +273,7 @@ class RewardTraining:
         card = replace(
             self.reward.card,
             trained_on=self._trained_on,
-            validation=dict(self.best or {}),
+            validation={k: v for k, v in (self.best or {}).items() if math.isfinite(v)},
             range=self._range(best),
         )
         tensors = None if best is None else best.tensors

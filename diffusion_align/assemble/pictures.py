@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -184,12 +185,12 @@ def score_pictures(
 
     Inputs, prompts and what `out` holds already are looked at before any weights are loaded.
     """
-    from reward_models.inputs import find_items, read_prompts, with_prompts
+    from reward_models.inputs import look, read_prompts, with_prompts
     from reward_models.rows import Results
 
-    items = find_items(paths)
-    files = [item.path for item in items]
-    items = with_prompts(items, read_prompts(prompts, files) if prompts else prompt)
+    found = look(paths)
+    files = [item.path for item in found.items]
+    items = with_prompts(found.items, read_prompts(prompts, files) if prompts else prompt)
     results = Results(out, rewards, parts=parts)
     results.made_with(frames=frames, pool=pool)  # a difference is refused before weights are read
     from diffusion_align.policy.devices import device_of
@@ -197,6 +198,8 @@ def score_pictures(
     from reward_models.scoring import refuse_missing_prompts, score_items
 
     refuse_missing_prompts(items, [name for name in rewards if _needs_prompt(name)])
+    if left_out := found.left_out_in_words(but=(prompts, out)):
+        print(left_out, file=sys.stderr)  # a bar of progress lets such lines pass above it
     view = ClipView(frames, pool, batch_size=batch_size)
     return score_items(
         items,

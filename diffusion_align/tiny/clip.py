@@ -30,7 +30,7 @@ from reward_models.small_world.grammar import (
     SIZES,
 )
 
-TOWER_STEPS = 3000
+TOWER_STEPS = 8000
 WIDTH = 96
 CONFIG: dict[str, object] = {
     "embed_dim": WIDTH,

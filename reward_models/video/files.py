@@ -47,7 +47,7 @@ Numbered = Iterator[tuple[int, "VideoFrame"]]
 # read all of their frames where they are asked to.
 VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".flv"}
-    | {".wmv", ".3gp"}
+    | {".m2ts", ".mts", ".wmv", ".3gp"}
 )
 
 _BT601 = 5  # as swscale counts

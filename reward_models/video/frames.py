@@ -109,7 +109,11 @@ def pool(values: Tensor, kind: str) -> Tensor:
     elif name == "min":
         pooled = kept.amin(dim=1)
     else:
-        pooled = -tau * (torch.logsumexp(-kept / tau, dim=1) - math.log(values.shape[1]))
+        # The same as -tau log mean exp(-v / tau); of a large tau the logarithm of the sum would be
+        # all digits of log n and none of the values'.
+        least = kept.detach().amin(dim=1)
+        excess = torch.expm1(-(kept - least[:, None]) / tau).mean(dim=1)
+        pooled = least - tau * torch.log1p(excess)
     # NaN x 0 is NaN in a gradient too, so the others are put beside, not multiplied away.
     return values.new_full(keep.shape, float("nan")).masked_scatter(keep, pooled)
 

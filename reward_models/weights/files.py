@@ -140,14 +140,17 @@ def _expected(file: WeightFile) -> str:
 def _fetch_advice(file: WeightFile) -> str:
     if file.asset:
         return _BROKEN_INSTALLATION
-    yourself = f"the path of the file ({file.name}) yourself"
+    target = shlex.quote(str(home() / file.name))
+    yourself = (
+        f"if you have it, put it at  {target}\n"
+        "(in Python also load(..., weights=FILE), or tower=FILE where it is a tower's)"
+    )
     if command := file.fetch_command():
         page = f"the authors' page:  {file.page}\n" if file.page else ""
-        return f"fetch it with:  {command}\n{page}or give {yourself}"
+        return f"fetch it with:  {command}\n{page}{yourself}"
     if file.page:
-        target = shlex.quote(str(home() / file.name))
-        return f"download it by hand from  {file.page}\nas  {target}\nor give {yourself}"
-    return f"give {yourself}"
+        return f"download it by hand from  {file.page}\n{yourself}"
+    return yourself
 
 
 def _offline() -> bool:

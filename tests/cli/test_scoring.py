@@ -248,21 +248,21 @@ def test_ctrl_c_says_where_the_rows_are(
 ) -> None:
     from reward_models import scoring
 
-    read, count = scoring.read_image, iter(range(100))
+    read, count = scoring.read_picture, iter(range(100))
 
-    def interrupted(path: Path) -> Any:
+    def interrupted(path: Path, reserve: Any) -> Any:
         if next(count) == 2:
             raise KeyboardInterrupt
-        return read(path)
+        return read(path, reserve)
 
-    monkeypatch.setattr(scoring, "read_image", interrupted)
+    monkeypatch.setattr(scoring, "read_picture", interrupted)
     words = ("score", "pics", "--reward", "compressibility", "--out", out, "--batch-size", 1)
     done = call(*words)
     assert done.exit_code == 130
     kept = "s.csv.partial.jsonl" if out == "s.csv" else out
     assert f"Rows so far are in {kept}" in done.stderr
     assert len(Path(kept).read_text().splitlines()) == 2
-    monkeypatch.setattr(scoring, "read_image", read)
+    monkeypatch.setattr(scoring, "read_picture", read)
     assert "4 of 5 scored" in call(*words).stdout
     assert Path(out).exists() and Path(kept).exists() == (out == "s.jsonl")
 

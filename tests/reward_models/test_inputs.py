@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from reward_models.base import RewardError
-from reward_models.inputs import Item, find_images, find_items, read_prompts, with_prompts
+from reward_models.inputs import Item, find_images, find_items, look, read_prompts, with_prompts
 
 FILES = [
     "b.png",
@@ -192,3 +192,15 @@ def test_prompts_that_contradict_each_other_are_all_named(folder: Path) -> None:
     assert "p.jsonl:3: a second prompt for media/b.png" in str(caught.value)
     assert "p.jsonl:6: a second prompt" in str(caught.value)
     assert "by giving the table as PATH" in str(caught.value)
+
+
+def test_files_of_other_endings_are_counted_by_their_endings(tmp_path: Path) -> None:
+    for name in ("a.png", "b.AVIF", "n.txt", "m.TXT", "README", "t.jsonl", ".hidden.txt"):
+        (tmp_path / name).write_bytes(b"")
+    found = look([tmp_path])
+    assert [item.path.name for item in found.items] == ["a.png", "b.AVIF"]
+    assert found.left_out_in_words() == (
+        "left out: 4 files that are no image or video by the ending (.txt 2, no ending 1, .jsonl 1)"
+    )
+    assert ".jsonl" not in found.left_out_in_words(but=[tmp_path / "t.jsonl", None])
+    assert look([tmp_path / "a.png"]).left_out_in_words() == ""

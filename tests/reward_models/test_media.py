@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from reward_models.base import RewardError
-from reward_models.media import read_image, to_uint8
+from reward_models.media import _FORMATS, IMAGE_SUFFIXES, read_image, to_uint8
 
 LEVEL = 1 / 255
 
@@ -365,3 +365,10 @@ def test_every_level_survives_the_way_to_uint8_and_halves_go_to_even() -> None:
     assert to_uint8(torch.tensor([0.49999997 / 255])).item() == 0
     odd = torch.tensor([float("nan"), float("inf"), float("-inf"), 1.2, -0.3])
     assert to_uint8(odd).tolist() == [0, 255, 0, 255, 0]
+
+
+def test_a_folder_takes_every_ending_of_a_format_that_is_read() -> None:
+    Image.init()
+    ours = {ending for ending, name in Image.registered_extensions().items() if name in _FORMATS}
+    assert ours - {".pfm"} | {".mpo"} == IMAGE_SUFFIXES
+    assert not {".eps", ".pdf", ".psd", ".pfm"} & IMAGE_SUFFIXES

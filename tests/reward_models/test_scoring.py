@@ -21,8 +21,10 @@ from reward_models.clip_score import CosineReward
 from reward_models.clip_tower import ClipTower
 from reward_models.composite import CompositeReward
 from reward_models.inputs import Item, find_images, find_items, read_prompts
-from reward_models.media import read_image
+from reward_models.media import read_picture
+from reward_models.pixels import Picture
 from reward_models.plugin import FunctionReward
+from reward_models.read_ahead import Reserve
 from reward_models.scoring import score_files
 
 
@@ -366,11 +368,11 @@ def test_a_file_is_read_once_for_all_rewards_and_prompts(
 ) -> None:
     reads: list[str] = []
 
-    def counted(path: Path) -> Tensor:
+    def counted(path: Path, reserve: Reserve) -> Picture:
         reads.append(path.name)
-        return read_image(path)
+        return read_picture(path, reserve)
 
-    monkeypatch.setattr(scoring, "read_image", counted)
+    monkeypatch.setattr(scoring, "read_picture", counted)
     items = [Item(path, text) for path in find_images([folder]) for text in ("a", "b")]
     rows = score_files(items, rewards(), batch_size=14)
     assert [(row.path, row.prompt) for row in rows] == [(str(i.path), i.prompt) for i in items]
@@ -420,15 +422,46 @@ def test_the_next_batch_is_read_while_this_one_is_scored(
     """The scorer of the first batch waits for the second to be read: else it would never end."""
     second = threading.Event()
 
-    def watched(path: Path) -> Tensor:
+    def watched(path: Path, reserve: Reserve) -> Picture:
         if path.name == "2.png":
             second.set()
-        return read_image(path)
+        return read_picture(path, reserve)
 
-    monkeypatch.setattr(scoring, "read_image", watched)
+    monkeypatch.setattr(scoring, "read_picture", watched)
     waiting = FunctionReward(lambda media, prompts: [float(second.wait(5))] * len(media))
     rows = score_files([folder / f"{n}.png" for n in (0, 2)], {"r": waiting}, batch_size=1)
     assert [row.scores["r"] for row in rows] == [1.0, 1.0]
+
+
+def test_large_pictures_are_scored_in_bounded_groups_with_the_same_scores(
+    folder: Path, tmp_path: Path, photo, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    for number in range(10):
+        size = (120, 90) if number % 3 else (40, 50)
+        Image.fromarray(photo(*size, seed=number)).save(folder / f"large{number}.png")
+    seen: list[int] = []
+
+    def brightness(media: Tensor, prompts: Sequence[str]) -> Tensor:
+        seen.append(media.numel() * media.element_size())
+        return media.mean(dim=(1, 2, 3))
+
+    images = find_images([folder])
+    table: dict[str, Reward] = {"r": FunctionReward(brightness)}
+    single = [row.scores for row in score_files(images, table, batch_size=1)]
+    seen.clear()
+    bound = 2 * 120 * 90 * 3 * 4
+    monkeypatch.setattr(scoring, "LARGEST_GROUP", bound)
+    monkeypatch.setattr(scoring, "READ_AHEAD", bound)
+    whole = score_files(images, table, out=tmp_path / "whole.jsonl", batch_size=16)
+    assert max(seen) == bound  # two of the large ones, never three
+    for row, alone in zip(whole, single, strict=True):
+        if alone["r"] is not None:
+            assert row.scores["r"] == pytest.approx(alone["r"], abs=1e-6)
+    # Where a run was cut changes nothing: the groups are those of the sizes alone.
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "cut.jsonl").write_text("".join(lines[:5]))
+    score_files(images, table, out=tmp_path / "cut.jsonl", batch_size=16)
+    assert (tmp_path / "cut.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_a_missing_file_is_named_with_the_line_of_its_table(folder: Path) -> None:

@@ -13,6 +13,8 @@ import reward_models
 from reward_models import RewardError
 from reward_models.backbones import load_tower
 from reward_models.plan import RewardPlan
+from reward_models.table import ROWS
+from reward_models.towers import TOWERS
 from reward_models.training import TrainableReward
 
 PROMPTS = ["a red circle", "a small blue square above a cross", "a red circle", "green"]
@@ -208,6 +210,26 @@ def test_a_catalogue_reward_is_a_start_with_its_own_head(images: Tensor) -> None
     torch.testing.assert_close(reward.scorer().score(images, PROMPTS).values, published)
     other = TrainableReward(RewardPlan("tiny-aesthetic", attributes=("a", "b")))
     assert other.has_new_head
+
+
+@pytest.mark.parametrize("start", ["hpsv2.1", "pickscore", "clip"])
+def test_a_published_cosine_is_the_same_scorer_before_its_first_step(
+    start: str, images: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TOWERS, ROWS[start].tower, TOWERS["tiny-clip"])
+    # Broken UTF-8, an entity and a curly quote: where the ways of cleaning a prompt part.
+    prompts = ["a red circle", "it’s a “red” circle &amp; square", "naÃ¯ve", "ﬁne"]
+    published = reward_models.load(start).score(images, prompts).values
+    reward = TrainableReward(start)
+    reward.network.eval()
+    pixels = reward.prepare(images)
+    read = reward.network(reward.image_inputs(pixels), reward.text_inputs(prompts))
+    torch.testing.assert_close(reward.scores(read)[:, 0].detach(), published)
+    unfrozen = TrainableReward(RewardPlan(start, trains="blocks", image_blocks=1, text_blocks=1))
+    read = unfrozen.network.eval()(unfrozen.prepare(images), prompts)
+    torch.testing.assert_close(unfrozen.scores(read)[:, 0].detach(), published)
+    loaded = reward_models.load(str(reward.save(tmp_path))).score(images, prompts)
+    torch.testing.assert_close(loaded.values, published)
 
 
 @pytest.mark.parametrize("start", ["relu", "linear-mse", "linear"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
+import scipy.special
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -120,6 +122,14 @@ def test_softmin_lies_between_min_and_mean(row: list[float], tau: float) -> None
 def test_softmin_goes_from_min_to_mean() -> None:
     assert torch.allclose(pool(VALUES, "softmin:0.001"), pool(VALUES, "min"), atol=0.01)
     assert torch.allclose(pool(VALUES, "softmin:100000"), pool(VALUES, "mean"), atol=1e-3)
+
+
+@pytest.mark.parametrize("tau", [1e-3, 1.0, 1e3, 1e6])
+def test_softmin_keeps_its_digits_at_every_temperature(tau: float) -> None:
+    values = torch.rand(5, 7, generator=torch.Generator().manual_seed(0)) * 3 + 20
+    exact = values.double().numpy() / tau
+    expected = -tau * (scipy.special.logsumexp(-exact, axis=1) - np.log(7))
+    assert pool(values, f"softmin:{tau}").numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["mean", "min", "softmin:0.3"])
