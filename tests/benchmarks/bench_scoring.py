@@ -4,9 +4,11 @@
     python tests/benchmarks/bench_scoring.py --tower ViT-H-14 --batch 4 --sides 512 --rounds 3
     python tests/benchmarks/bench_scoring.py --tower tiny
 
-Three comparisons in turns in one run: an aesthetic reward against image tower and head (the bar is
-1.05), a letterboxed cosine (HPS) against image and text tower (1.05), and an aesthetic reward
-together with a CLIP score in one pass against the aesthetic reward alone (1.15). Every call gets
+Four comparisons in turns in one run: an aesthetic reward against image tower and head (the bar is
+1.05), a letterboxed cosine (HPS) against image and text tower (1.05), MPS against image tower, text
+tower and its fusion network of the published size (1.05; how much of it the fusion is, is printed
+too), and an aesthetic reward together with a CLIP score in one pass against the aesthetic reward
+alone (1.15). Every call gets
 prompts it never saw, so that no remembered text flatters it; the bare text tower reads the same
 tokens, all 77 of them, as open_clip's own `encode_text` does.
 
@@ -31,6 +33,8 @@ from reward_models.aesthetic import AestheticHead, AestheticReward
 from reward_models.catalogue import ROWS
 from reward_models.clip_score import CosineReward
 from reward_models.clip_tower import ClipTower, one_pass
+from reward_models.cross_attention import CrossModel
+from reward_models.mps import MPSReward
 
 BAR, PAIR_BAR = 1.05, 1.15
 HIDDEN = (1024, 128, 64, 16, 1)
@@ -79,6 +83,7 @@ def rounds(
     return rows[1:]
 
 
+@torch.no_grad()
 def measure(
     tower: ClipTower, *, batch: int, side: int, count: int, device: torch.device
 ) -> list[dict[str, float]]:
@@ -88,7 +93,10 @@ def measure(
     clip = CosineReward(ROWS["clip"].info, tower)
     hps = CosineReward(ROWS["hpsv2.1"].info, tower, framing="letterbox")
     images = torch.rand(batch, 3, side, side, device=device)
+    cross = CrossModel(tower.width, heads=max(1, tower.width // 64)).to(device)
+    mps = MPSReward(ROWS["mps"].info, tower, cross)
     pixels = tower.prepare(images)
+    tokens, everything = tower.image_tokens(pixels), torch.ones(batch, 77, dtype=torch.bool)
     numbers = itertools.count()
 
     def prompts() -> list[str]:
@@ -105,20 +113,28 @@ def measure(
         tower.model.encode_image(pixels)
         tower.model.encode_text(ids)
 
+    def fuse() -> None:
+        texts = tower.text_tokens(tower.tokenize(prompts()).ids)
+        cross.class_token(tower.image_tokens(pixels), texts, everything.to(device))
+
+    texts_of_mps = tower.text_tokens(tower.tokenize(prompts()).ids)
     calls: dict[str, Callable[[], Any]] = {
         "aesthetic": lambda: aesthetic.score(images, prompts()),
         "image tower": lambda: aesthetic.score_embeddings(tower.image_features(pixels)),
         "hps": lambda: hps.score(images, prompts()),
         "both towers": towers,
+        "mps": lambda: mps.score(images, prompts()),
+        "its networks": fuse,
+        "fusion": lambda: cross.class_token(tokens, texts_of_mps, everything.to(device)),
         "pair": pair,
     }
-    with torch.no_grad():
-        return rounds(calls, count, device)
+    return rounds(calls, count, device)
 
 
 RATIOS = (
     ("aesthetic", "image tower", BAR),
     ("hps", "both towers", BAR),
+    ("mps", "its networks", BAR),
     ("pair", "aesthetic", PAIR_BAR),
 )
 
@@ -136,6 +152,8 @@ def show(side: int, rows: Sequence[Mapping[str, float]]) -> None:
             f"   {ratio:6.3f} ({min(ratios):.3f} to {max(ratios):.3f}), bar {bar}"
             f"{'' if ratio <= bar else '   ABOVE THE BAR'}"
         )
+    share = statistics.median(row["fusion"] / row["its networks"] for row in rows)
+    print(f"{side:6d}  {share:.0%} of what MPS computes is its fusion network")
 
 
 def main() -> None:

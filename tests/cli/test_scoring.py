@@ -75,6 +75,16 @@ def test_scores_are_written_and_summed_up(call: Call, ending: str) -> None:
         assert float(facts[name]) == pytest.approx(float(value), rel=1e-3)
 
 
+def test_files_of_other_endings_are_told_in_one_line(call: Call) -> None:
+    (Path("pics") / "notes.txt").write_text("no picture")
+    (Path("pics") / "p.jsonl").write_text('{"path": "0.png", "prompt": "a cat"}\n')
+    words = ("score", "pics", "--reward", "compressibility", "--prompts", "pics/p.jsonl")
+    done = call(*words, "--out", "pics/s.csv")
+    assert done.exit_code == 0 and "4 of 5 scored" in done.stdout
+    told = [line for line in done.stderr.splitlines() if line.startswith("left out")]
+    assert told == ["left out: 1 file that is no image or video by the ending (.txt 1)"]
+
+
 def test_nothing_scored_is_exit_code_2(call: Call) -> None:
     done = call("score", "pics/4.png", "--reward", "compressibility", "--sheet", "sheet.png")
     assert done.exit_code == 2

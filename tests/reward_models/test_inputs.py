@@ -204,3 +204,13 @@ def test_files_of_other_endings_are_counted_by_their_endings(tmp_path: Path) -> 
     )
     assert ".jsonl" not in found.left_out_in_words(but=[tmp_path / "t.jsonl", None])
     assert look([tmp_path / "a.png"]).left_out_in_words() == ""
+
+
+def test_what_a_pattern_leaves_out_counts_once_and_what_is_asked_for_never(folder: Path) -> None:
+    assert look(["media/**", "media", "media/*"]).left_out == [
+        Path("media/notes.txt"),
+        Path("media/prompts.jsonl"),
+    ]
+    assert look(["media", "media/prompts.jsonl"]).left_out == [Path("media/notes.txt")]
+    given = ["media", "media/notes.txt"]
+    assert look(given).left_out_in_words().startswith("left out: 1 file that is no image")

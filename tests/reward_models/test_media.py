@@ -372,3 +372,22 @@ def test_a_folder_takes_every_ending_of_a_format_that_is_read() -> None:
     ours = {ending for ending, name in Image.registered_extensions().items() if name in _FORMATS}
     assert ours - {".pfm"} | {".mpo"} == IMAGE_SUFFIXES
     assert not {".eps", ".pdf", ".psd", ".pfm"} & IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("ending", sorted(IMAGE_SUFFIXES))
+def test_a_picture_of_every_ending_is_read(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a{ending}"
+    Image.init()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        pytest.skip("this Pillow does not write it")
+    more: dict[str, Any] = {}
+    if ending == ".mpo":
+        more = {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "black")]}
+    Image.new("L" if ending in (".pgm", ".pbm") else "RGB", (8, 8), "white").save(path, **more)
+    assert read_image(path).min() > 0.95
+
+
+def test_floats_of_unknown_range_are_why_one_ending_is_left_out(tmp_path: Path) -> None:
+    Image.new("F", (2, 2)).save(tmp_path / "a.pfm")
+    with pytest.raises(RewardError, match=r"a\.pfm: has floating-point pixels"):
+        read_image(tmp_path / "a.pfm")

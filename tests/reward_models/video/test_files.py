@@ -508,6 +508,22 @@ def test_frames_too_large_are_refused_before_they_are_decoded(
         probe_video(path)
 
 
+@pytest.mark.parametrize("ending", [".m2ts", ".mts"])
+def test_the_transport_stream_of_camcorders_is_read(tmp_path: Path, ending: str) -> None:
+    """Its packets of 188 bytes have a time stamp of four before each."""
+    path = tmp_path / f"a{ending}"
+    noise = np.random.default_rng(0).integers(0, 256, (12, 96, 128, 3), dtype=np.uint8)
+    with av.open(str(path), "w", format="mpegts", options={"mpegts_m2ts_mode": "1"}) as container:
+        stream = container.add_stream("mpeg2video", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+        for pixels in noise:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    content = path.read_bytes()
+    assert content[4::192].count(b"\x47") == len(content) // 192
+    assert ending in VIDEO_SUFFIXES and probe_video(path).frames == 12
+
+
 def test_common_endings_are_known() -> None:
     assert {".mp4", ".mov", ".mkv", ".webm", ".avi"} <= VIDEO_SUFFIXES
     assert ".gif" not in VIDEO_SUFFIXES  # a picture, whose first frame `media` reads
