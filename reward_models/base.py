@@ -51,6 +51,8 @@ class RewardInfo:
     `scope` is "group" for judges that must see all samples of one prompt together.
     `components` names the rewards that a composite is made of, or the one that looks at a clip's
     frames: whoever trains on the whole has trained on each of them.
+    `deterministic`: asked the same twice, it answers the same bits (on one machine); false for one
+    that asks a server or draws numbers of its own, whose resumed runs are not claimed to be exact.
     """
 
     name: str
@@ -62,6 +64,7 @@ class RewardInfo:
     scope: Scope = "item"
     needs_prompt: bool = False
     components: tuple[str, ...] = ()
+    deterministic: bool = True
 
 
 @dataclass(frozen=True)

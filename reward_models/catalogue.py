@@ -5,7 +5,6 @@ Nothing in this module imports torch, so a mistyped name is answered at once.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -24,6 +23,7 @@ from reward_models.names import (
 )
 from reward_models.table import ROWS, FilePath, LoadOptions, Row
 from reward_models.towers import TOWERS, Tower
+from reward_models.user_code import to_stderr
 
 __all__ = [
     "ROWS",
@@ -117,7 +117,7 @@ def load(
         RewardError: unknown name, weights that cannot be had or are damaged, no gradient.
     """
     options = LoadOptions(str(device), str(dtype).removeprefix("torch."), weights, tower)
-    reward = _build(name, options, dict(settings or {}), needs_gradient, notice or _to_stderr)
+    reward = _build(name, options, dict(settings or {}), needs_gradient, notice or to_stderr)
     return require_gradient(reward) if needs_gradient else reward
 
 
@@ -188,7 +188,3 @@ def _refuse(
                 where=where,
                 fix=f"its published value is {known[key]!r}",
             )
-
-
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr)

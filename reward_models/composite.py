@@ -196,6 +196,7 @@ def _joint_info(terms: Sequence[WeightedReward], name: str) -> RewardInfo:
         scope="group" if any(info.scope == "group" for info in infos) else "item",
         needs_prompt=any(info.needs_prompt for info in infos),
         components=tuple(dict.fromkeys(leaves)),
+        deterministic=all(info.deterministic for info in infos),
     )
 
 

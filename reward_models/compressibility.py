@@ -28,6 +28,8 @@ QUALITY = 95
 class JpegSizeReward:
     """Kilobytes at JPEG quality 95, times `sign` (-1: small files are good)."""
 
+    overlaps = True  # Pillow encodes on one core of the CPU, whatever else runs
+
     def __init__(self, info: RewardInfo, sign: int) -> None:
         self.info = info
         self.sign = sign

@@ -7,12 +7,8 @@ What they return is checked at every call, so that a wrong shape is named at its
 from __future__ import annotations
 
 import inspect
-import os
-import sys
-import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -31,6 +27,7 @@ from reward_models.base import (
     spread,
 )
 from reward_models.table import LoadOptions
+from reward_models.user_code import import_named
 
 ScoreFunction = Callable[[Tensor, Sequence[str]], Any]
 
@@ -47,6 +44,7 @@ class FunctionReward:
         name: under which its scores are reported; default its own name.
         differentiable: whether its scores carry a gradient to the images.
         needs_prompt: whether it may not be called without prompts.
+        deterministic: whether it answers the same when asked the same again.
     """
 
     def __init__(
@@ -56,6 +54,7 @@ class FunctionReward:
         name: str = "",
         differentiable: bool = False,
         needs_prompt: bool = False,
+        deterministic: bool = True,
     ) -> None:
         self.function = function
         own_name = getattr(function, "__qualname__", type(function).__name__)
@@ -67,6 +66,7 @@ class FunctionReward:
             licence="the user's own",
             source=f"{getattr(function, '__module__', '?')}:{own_name}",
             needs_prompt=needs_prompt,
+            deterministic=deterministic,
         )
 
     def score(
@@ -153,7 +153,7 @@ def load_plugin(
     Raises:
         RewardError: when it cannot be imported, keeps no contract, or lacks the gradient.
     """
-    found = _import(spec, notice)
+    found = import_named(spec, where=f"reward {spec}", used_as="a reward", notice=notice)
     if inspect.isclass(found):
         reward: Reward = CheckedReward(_build(found, spec, options))
     elif hasattr(found, "score"):
@@ -166,55 +166,13 @@ def load_plugin(
             name=spec,
             differentiable=gradient,
             needs_prompt=bool(getattr(found, "needs_prompt", False)),
+            deterministic=bool(getattr(found, "deterministic", True)),
         )
     else:
         raise RewardError(
             f"is {type(found).__name__}, neither a class nor a function", where=f"reward {spec}"
         )
     return require_gradient(reward) if needs_gradient else reward
-
-
-def _import(spec: str, notice: Callable[[str], None]) -> Any:
-    module_name, _, attribute = spec.partition(":")
-    where = f"reward {spec}"
-    if not module_name or not attribute:
-        raise RewardError("is not of the form package.module:Name", where=where)
-    # The console script's path lacks the working folder, where users keep such a module. It goes
-    # last, so that a file there cannot take the place of an installed package.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    notice(f"running your own code: module {module_name} ({attribute} is used as a reward)")
-    try:
-        module = import_module(module_name)
-    except (Exception, SystemExit) as error:  # it is their code: anything may be raised
-        raise _import_error(error, module_name, where) from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        raise RewardError(f"module {module_name} has no {attribute}", where=where)
-    return found
-
-
-def _import_error(error: BaseException, module_name: str, where: str) -> RewardError:
-    """What the import of a user's module raised, as one message with its file and line."""
-    missing = error.name if isinstance(error, ModuleNotFoundError) else None
-    if missing is not None and f"{module_name}.".startswith(f"{missing}."):
-        return RewardError(
-            f"cannot be imported: {error}",
-            where=where,
-            fix="run from the folder that holds the module, or install its package",
-        )
-    if isinstance(error, SyntaxError):
-        place, text = f"{error.filename}:{error.lineno}", error.msg
-    else:
-        frames = traceback.extract_tb(error.__traceback__)
-        # The first are this file and Python's import machinery, the next is the module's own line.
-        own = [f for f in frames[1:] if "importlib" not in f.filename]
-        place, text = f"{own[0].filename}:{own[0].lineno}" if own else module_name, str(error)
-    return RewardError(
-        f"module {module_name} cannot be imported: {type(error).__name__}: {text}",
-        where=where,
-        fix=f"the error is at {place}",
-    )
 
 
 def _score_options(reward: Reward) -> list[str]:
