@@ -204,7 +204,7 @@ def load_lora(
     try:
         with safe_open(file, "pt") as stored:
             matrices = sum(len(stored.get_slice(key).get_shape()) > 1 for key in stored.keys())  # noqa: SIM118
-        with _loader_notices_off():
+        with loader_notices_off():
             for name in (TRAINED, SNAPSHOT):
                 pipeline.load_lora_weights(
                     str(file.parent), weight_name=file.name, adapter_name=name
@@ -242,7 +242,7 @@ def load_lora(
 
 
 @contextmanager
-def _loader_notices_off() -> Iterator[None]:
+def loader_notices_off() -> Iterator[None]:
     """Silence what the loaders say of every LoRA; what matters of it is checked by `load_lora`.
 
     diffusers reports that there is nothing for the text encoders, and peft asks whether a second

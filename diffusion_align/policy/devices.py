@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from diffusion_align.errors import UserError
@@ -10,6 +12,8 @@ from diffusion_align.errors import UserError
 def device_of(name: str) -> torch.device:
     """The torch device of an option's word; "auto" is CUDA where there is one.
 
+    Of several processes on a machine (LOCAL_RANK says which) each has a GPU of its own.
+
     Raises:
         UserError: an unknown device, or one that cannot be used on this machine.
 
@@ -17,7 +21,9 @@ def device_of(name: str) -> torch.device:
     device(type='cpu')
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

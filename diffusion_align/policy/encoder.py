@@ -21,6 +21,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.policy.capture import Layout, capture, probe
 from diffusion_align.policy.conditioning import Branch, Conditioning
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.text_memory import TextMemory
 
 _CacheKey = tuple[str, str, bool, int, int]
 
@@ -47,6 +48,7 @@ class PromptEncoder:
         self._held = 0
         self._layouts: dict[bool, Layout] = {}
         self._warned: set[str] = set()
+        self._texts = TextMemory(pipeline)
 
     def encode(
         self,
@@ -108,7 +110,8 @@ class PromptEncoder:
 
     def _capture(self, key: _CacheKey) -> Conditioning:
         prompt, negative, guided, height, width = key
-        with _libraries_quiet():  # of a long prompt they print what is cut, without its name
+        # Of a long prompt the libraries print what is cut, without its name.
+        with _libraries_quiet(), self._texts.remembering():
             for text in (prompt, negative) if guided else (prompt,):
                 self._warn_if_cut(text)
             captured = capture(
@@ -180,8 +183,8 @@ def _as_stored(branch: Branch, dtype: torch.dtype) -> Branch:
     """A copy on the CPU that shares no memory with a larger capture; floats in `dtype`."""
 
     def stored(value: Tensor) -> Tensor:
-        kept = value.detach().to("cpu", dtype if value.is_floating_point() else value.dtype)
-        return kept.clone() if kept.data_ptr() == value.data_ptr() else kept.contiguous()
+        chosen = dtype if value.is_floating_point() else value.dtype
+        return value.detach().to("cpu", chosen, copy=True).contiguous()
 
     return Branch(
         {path: stored(value) for path, value in branch.tensors.items()},

@@ -22,17 +22,38 @@ class ModelOptions:
         dtype: storage of the frozen weights: "float32", "bfloat16", "float16" or "float64".
             Trainable weights are float32 (float64 under "float64") whatever is said here.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" ...
+        gradient_checkpointing: recompute the denoiser's activations in the backward pass instead
+            of keeping them; None is what `memory` says, as in the four keys below.
+        release_text_encoders: keep text encoders in main memory and on the device only while new
+            prompts are encoded.
+        vae_slicing: decode one picture at a time.
+        vae_tiling: decode in overlapping tiles; beyond the VAE's tile size it changes pictures
+            slightly.
+        channels_last: lay out convolution weights with channels last; faster on GPUs in half
+            precision.
+        compile: compile the denoiser's repeated blocks with torch.compile; a minute at the start.
+        attention_backend: kernel of the attention, for example "native", "flash" or "xformers";
+            None leaves the model's own, which is torch's.
 
-    Errors: an unknown dtype raises `OptionError`.
+    Errors: an unknown dtype or an empty backend raises `OptionError`.
     """
 
     id: str = "tiny-sd"
     revision: str | None = None
     dtype: Dtype = "float32"
     device: str = "auto"
+    gradient_checkpointing: bool | None = None
+    release_text_encoders: bool | None = None
+    vae_slicing: bool | None = None
+    vae_tiling: bool | None = None
+    channels_last: bool = False
+    compile: bool = False
+    attention_backend: str | None = None
 
     def __post_init__(self) -> None:
         words(self)
+        if self.attention_backend is not None and not self.attention_backend.strip():
+            raise OptionError("attention_backend", "is empty", fix="null leaves the model's own")
 
 
 @dataclass(frozen=True)

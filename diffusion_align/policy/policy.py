@@ -31,6 +31,7 @@ from diffusion_align.policy.loading import (
     use_ddim,
     with_size,
 )
+from diffusion_align.policy.outline import outline_pipeline
 
 
 class Policy:
@@ -49,6 +50,7 @@ class Policy:
             fine-tuning, else None. Training prepares it alike, so that both round alike.
         device: where tensors go.
         replaced_scheduler: what to tell the user about a replaced scheduler, or None.
+        resting: accelerate's hooks of text encoders that leave the device between prompts.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Policy:
         self._adapter = adapter
         self.reference_copy = reference_copy
         self._encoder = PromptEncoder(pipeline, family, dtype=dtype)
+        self.resting: list[Any] = []
 
     @classmethod
     def load(
@@ -89,6 +92,7 @@ class Policy:
         dtype: str = "float32",
         revision: str | None = None,
         seed: int = 0,
+        weights: bool = True,
     ) -> Policy:
         """Load a model: frozen, with a new LoRA, continuing a LoRA, or trained in full.
 
@@ -105,6 +109,8 @@ class Policy:
             dtype: of frozen weights: "float32", "bfloat16", "float16" or "float64".
             revision: of a hub id.
             seed: draws a new LoRA's first matrices.
+            weights: False reads only the model's configs, and every tensor is on torch's `meta`
+                device, whatever `device` says: to count what it needs.
 
         Raises:
             UserError: anything a person can put right.
@@ -112,13 +118,12 @@ class Policy:
         _check_choice(
             full=full, rank=lora_rank, path=lora_path, alpha=lora_alpha, targets=lora_targets
         )
-        place, storage = device_of(device), dtype_of(dtype)
+        place, storage = device_of(device if weights else "meta"), dtype_of(dtype)
         trained = torch.promote_types(storage, torch.float32)
         computing = trained if full else storage
         info = resolve(id_or_path)
-        pipeline, family = load_pipeline(
-            info, revision=revision, dtype=storage, denoiser_dtype=computing
-        )
+        load = load_pipeline if weights else outline_pipeline
+        pipeline, family = load(info, revision=revision, dtype=storage, denoiser_dtype=computing)
         told = use_ddim(pipeline, info.name) if family.schedule == "ddim" else None
         denoiser = getattr(pipeline, family.denoiser)
         adapter: Adapter | None = None
@@ -187,6 +192,8 @@ class Policy:
             height=height,
             width=width,
         )
+        for hook in self.resting:
+            hook.offload()
         return conditioning.to(self.device)
 
     def schedule(self, steps: int) -> Schedule:
@@ -263,8 +270,13 @@ class Policy:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters being trained, in a fixed order; empty for a frozen policy."""
-        bare = getattr(self.pipeline, self.family.denoiser)
-        return [parameter for parameter in bare.parameters() if parameter.requires_grad]
+        return [p for p in self.bare_denoiser.parameters() if p.requires_grad]
+
+    @property
+    def bare_denoiser(self) -> nn.Module:
+        """The pipeline's own module, whatever stands in the slot."""
+        bare: nn.Module = getattr(self.pipeline, self.family.denoiser)
+        return bare
 
     @contextmanager
     def reference(self, kind: Literal["start", "base"] = "start") -> Iterator[None]:
