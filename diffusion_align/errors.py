@@ -2,8 +2,8 @@
 
 A `UserError` says what is wrong, where, and what to do about it. The command line prints it without
 a traceback and exits with code 2; in Python it is an ordinary exception. Anything else that escapes
-is a bug and keeps its traceback. This module is a leaf: it imports nothing of ours, so that every
-room may use it.
+is a bug and keeps its traceback. This module is a leaf: of ours it imports only the redactor, so
+that every room may use it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from diffusion_align.reporting.redaction import redact
+
 
 class UserError(Exception):
     """Something the person can put right: a wrong name, a missing file, numbers that do not fit.
 
     `str(error)` reads `where: what`, followed by an indented `fix` (every line of it) where one is
-    given.
+    given, all of it without secrets.
 
     Args:
         what: one sentence about what is wrong.
@@ -32,7 +34,7 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         head = f"{self.where}: {self.what}" if self.where else self.what
-        return "\n".join([head, *(f"    {line}" for line in self.fix.splitlines())])
+        return redact("\n".join([head, *(f"    {line}" for line in self.fix.splitlines())]))
 
 
 class OptionError(UserError, ValueError):

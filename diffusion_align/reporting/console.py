@@ -15,6 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from diffusion_align.reporting.redaction import redact
+
 _REMEMBERED = 20
 """Steps over which the rate is averaged."""
 
@@ -23,7 +25,14 @@ class Reporter(Protocol):
     """What the loop tells about a run. `progress` and `message` make it a `Listener`."""
 
     def start(
-        self, *, total: int, done: int, folder: Path, lines: Sequence[str], baseline: float | None
+        self,
+        *,
+        total: int,
+        done: int,
+        folder: Path,
+        lines: Sequence[str],
+        baseline: float | None,
+        heldout: Mapping[str, float] | None = None,
     ) -> None: ...
 
     def progress(self, phase: str, done: int, total: int) -> None: ...
@@ -39,7 +48,14 @@ class Quiet:
     """The reporter that says nothing."""
 
     def start(
-        self, *, total: int, done: int, folder: Path, lines: Sequence[str], baseline: float | None
+        self,
+        *,
+        total: int,
+        done: int,
+        folder: Path,
+        lines: Sequence[str],
+        baseline: float | None,
+        heldout: Mapping[str, float] | None = None,
     ) -> None:
         pass
 
@@ -78,16 +94,29 @@ class Console:
         self._live: Live | None = None
         self._row: Mapping[str, float] = {}
         self._heldout: dict[str, float] = {}
+        self._heldout_baseline: dict[str, float] = {}
         self._phase = ("starting", 0, 0)
         self._total = self._done = 0
         self._baseline: float | None = None
         self._times: deque[tuple[float, int]] = deque(maxlen=_REMEMBERED)
 
     def start(
-        self, *, total: int, done: int, folder: Path, lines: Sequence[str], baseline: float | None
+        self,
+        *,
+        total: int,
+        done: int,
+        folder: Path,
+        lines: Sequence[str],
+        baseline: float | None,
+        heldout: Mapping[str, float] | None = None,
     ) -> None:
-        """Begin with a run of `total` steps of which `done` are there."""
+        """Begin with a run of `total` steps of which `done` are there.
+
+        `baseline` and `heldout` are the training reward and the held-out ones of step 0, where
+        they are known already.
+        """
         self._total, self._done, self._baseline = total, done, baseline
+        self._heldout_baseline = dict(heldout or {})
         self._times.append((self._clock(), done))
         self.message(f"run folder {folder}")
         for line in lines:
@@ -107,7 +136,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line of its own; brackets in it are text, not markup."""
-        self._terminal.print(Text(text))
+        self._terminal.print(Text(redact(text)))
 
     def step(self, row: Mapping[str, float]) -> None:
         """One optimiser step is done (or, at step 0, the held-out scores are there)."""
@@ -115,6 +144,8 @@ class Console:
         self._done = int(row["step"])
         self._times.append((self._clock(), self._done))
         self._heldout.update({k[8:]: v for k, v in row.items() if k.startswith("heldout/")})
+        if self._done == 0:
+            self._heldout_baseline = dict(self._heldout)
         if self._baseline is None:
             self._baseline = row.get("reward/mean")
         if not self._is_live:
@@ -140,11 +171,21 @@ class Console:
             facts.append(("reward", _reward(reward, row.get("reward/std"), self._baseline)))
         if row.get("reward/invalid"):
             facts.append(("failed rewards", f"{row['reward/invalid']:g}"))
-        facts += [(f"held-out {name}", f"{value:.4g}") for name, value in self._heldout.items()]
+        facts += [
+            (f"held-out {name}", self._against_step_0(name, value))
+            for name, value in self._heldout.items()
+        ]
         for name, label in _SHOWN.items():
             if name in row:
                 facts.append((label, f"{row[name]:.3g}"))
+        if ringing := [name[6:] for name in row if name.startswith("guard/")]:
+            facts.append(("guards", ", ".join(ringing)))
         return [*facts, *self._pace()]
+
+    def _against_step_0(self, name: str, value: float) -> str:
+        if self._done == 0:
+            return f"{value:.4g}"
+        return _reward(value, None, self._heldout_baseline.get(name))
 
     def _pace(self) -> list[tuple[str, str]]:
         (first, before), (last, now) = self._times[0], self._times[-1]

@@ -62,6 +62,34 @@ def test_a_resumed_run_keeps_its_baseline_and_held_out_scores_stay_in_sight() ->
     assert "failed rewards 2" in last
 
 
+def test_held_out_scores_stand_against_their_own_step_0_also_after_a_restart() -> None:
+    stream = io.StringIO()
+    console = Console(stream)
+    console.start(total=10, done=0, folder=Path("r"), lines=[], baseline=None)
+    console.step({"step": 0, "iteration": 0, "heldout/taste": 0.5})
+    console.step({**ROW, "step": 5, "heldout/taste": 0.45})
+    resumed = Console(stream)
+    resumed.start(
+        total=10, done=5, folder=Path("r"), lines=[], baseline=0.2, heldout={"taste": 0.5}
+    )
+    resumed.step({**ROW, "step": 6, "heldout/taste": 0.6})
+    first, fifth, _, sixth = stream.getvalue().splitlines()[1:]
+    assert first.endswith("held-out taste 0.5")
+    assert "held-out taste 0.45 (-0.05 against step 0)" in fifth
+    assert "held-out taste 0.6 (+0.1 against step 0)" in sixth
+
+
+def test_what_guards_see_stands_in_every_line_while_it_lasts() -> None:
+    console, stream, _ = begin()
+    console.step(ROW)
+    ringing = {"guard/picture_change/edge_density": 3.0, "guard/ratio_drift/mean": 2.0}
+    console.step({**ROW, "step": 2, **ringing})
+    console.step({**ROW, "step": 3})
+    before, during, after = stream.getvalue().splitlines()[-3:]
+    assert "guards picture_change/edge_density, ratio_drift/mean" in during
+    assert "guards" not in before and "guards" not in after
+
+
 def test_the_live_screen_shows_the_phase_and_leaves_one_line() -> None:
     console, stream, _ = begin(live=True)
     console.progress("scoring", 3, 8)
