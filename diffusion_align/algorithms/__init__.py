@@ -8,6 +8,8 @@ from typing import Any
 _EXPORTS = {
     "DDPO": "ddpo",
     "DDPOOptions": "options",
+    "RWR": "rwr",
+    "RWROptions": "rwr_options",
     "ALGORITHMS": "catalogue",
     "Needs": "catalogue",
 }

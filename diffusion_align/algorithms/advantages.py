@@ -17,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from diffusion_align.reporting.redaction import redact
+
 EPSILON = 1e-6
 """Added to every standard deviation. *Source:* ddpo-pytorch's ``stat_tracking.py``."""
 
@@ -53,7 +55,8 @@ class PromptStatistics:
                 rows.setdefault(prompt, []).append(row)
         result = np.full(len(values), np.nan)
         for prompt, members in rows.items():
-            buffer = self._rewards.setdefault(prompt, deque(maxlen=self.buffer_size))
+            # A checkpoint holds these names.
+            buffer = self._rewards.setdefault(redact(prompt), deque(maxlen=self.buffer_size))
             buffer.extend(float(values[row]) for row in members)
             enough = len(buffer) >= self.min_count
             basis = np.asarray(buffer, dtype=np.float64) if enough else values[valid]
@@ -90,6 +93,15 @@ def global_advantages(rewards: Tensor) -> Tensor:
     result = np.full(len(values), np.nan)
     result[valid] = _normalise(values[valid], values[valid])
     return _as_tensor(result)
+
+
+def without_small(advantages: Tensor, floor: float) -> Tensor:
+    """NaN, "not trained on", in place of advantages whose size lies below `floor`.
+
+    They are as they were where that would leave none at all: an iteration must have an update.
+    """
+    kept = torch.where(advantages.abs() >= floor, advantages, torch.nan)
+    return advantages if bool(kept.isnan().all()) else kept
 
 
 class Normaliser:

@@ -17,7 +17,18 @@ from torch import Tensor, nn
 
 from diffusion_align.algorithms.catalogue import Needs
 
-__all__ = ["Algorithm", "Batch", "Listener", "Minibatch", "Needs", "Samples", "Silence", "Trainee"]
+__all__ = [
+    "Algorithm",
+    "Alone",
+    "Batch",
+    "Group",
+    "Listener",
+    "Minibatch",
+    "Needs",
+    "Samples",
+    "Silence",
+    "Trainee",
+]
 
 
 class Trainee(Protocol):
@@ -80,6 +91,50 @@ class Silence:
         pass
 
 
+class Group(Protocol):
+    """The processes that work on one run together; the loop puts its own there.
+
+    Every rank works on its share of an iteration and gathers what must be known of all of it.
+    Gradients are averaged over the ranks by whoever wraps the network, so a loss that is a sum of
+    shares carries `size`, once.
+    """
+
+    @property
+    def rank(self) -> int:
+        """The number of this process, from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        ...
+
+    @property
+    def lockstep(self) -> bool:
+        """Whether a forward is made by all ranks at once (sharded parameters), so that a rank with
+        less to do makes forwards whose results nobody needs."""
+        ...
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[n, ...] of every rank, one after another in rank order; n may differ. No gradient.
+
+        All ranks must call it in the same order. Where another rank has failed it raises.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The group of one process: what it has is all there is."""
+
+    rank: int = 0
+    size: int = 1
+    lockstep: bool = False
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values
+
+
 Minibatch = TypeVar("Minibatch")
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
@@ -87,13 +142,14 @@ AnyBatch = TypeVar("AnyBatch", bound=Batch)
 class Algorithm(Protocol[AnyBatch, Minibatch]):
     """One method: its equation and nothing about files, accelerate or trackers.
 
-    The loop sets `listener`. Everything random is a function of the algorithm's seed and the
-    iteration, so an iteration can be repeated exactly from the state before it.
+    The loop sets `listener` and `group`. Everything random is a function of the algorithm's seed
+    and the iteration, so an iteration can be repeated exactly from the state before it.
     """
 
     needs: Needs
     policy: Any
     listener: Listener
+    group: Group
 
     def collect(self, iteration: int) -> AnyBatch:
         """Make what is learnt from, without gradients."""
@@ -117,7 +173,9 @@ class Algorithm(Protocol[AnyBatch, Minibatch]):
         """Yield (loss, metrics). `scale` is applied here, exactly once per loss.
 
         Metrics are 0-d tensors without a graph. The loop averages them over an update, or takes
-        the maximum where the name ends in ``_max``.
+        the maximum where the name ends in ``_max``. In a group it averages over the ranks as well:
+        each yields as many losses, and its metrics of a minibatch times its share of the rows
+        times the group's size (`batches.weighted`).
         """
         ...
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.algorithms.base import Samples
+from diffusion_align.algorithms.sharing import Share
 from diffusion_align.policy import Conditioning
 from diffusion_align.sampling.rollout import Trajectory
 
@@ -20,6 +21,9 @@ class TrajectoryBatch:
     old_log_probs: [N, S] the ratio's denominator; advantages: [N], NaN where the reward failed;
     sample_orders: long [E, N] and step_orders: long [E, N, T] on the CPU; cond: [N] as *training*
     uses it (the trajectory carries the one that sampled).
+
+    In a group N is all ranks' samples, but of trajectory, old_log_probs and cond a rank has only
+    those at `share.places`.
     """
 
     trajectory: Trajectory
@@ -30,6 +34,7 @@ class TrajectoryBatch:
     step_orders: Tensor
     metrics: Mapping[str, float]
     samples: Samples | None
+    share: Share
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class TrajectoryMinibatch:
 
     rows: long [B], their places in `latents` [N, S+1, *latent], which is the batch's own tensor:
     a minibatch copies no latents. steps and old_log_probs: [B, T]; advantages: [B], finite.
+
+    In a group these are the rows that this rank holds of a minibatch of `total`. A rank that holds
+    none is `idle`: it takes part with one row made of zeros, whose loss counts nothing.
     """
 
     rows: Tensor
@@ -56,6 +64,18 @@ class TrajectoryMinibatch:
     old_log_probs: Tensor
     advantages: Tensor
     cond: Conditioning
+    total: int | None = None
+    idle: bool = False
+
+    @property
+    def count(self) -> int:
+        """How many rows count: all of them, or none."""
+        return 0 if self.idle else len(self.rows)
+
+    @property
+    def portion(self) -> float:
+        """The share of the minibatch that this rank holds, in [0, 1]."""
+        return self.count / (self.total or len(self.rows))
 
     def groups(self, size: int) -> list[slice]:
         """The T steps in runs of `size`; the last may be shorter."""
@@ -83,19 +103,39 @@ def cut(batch: TrajectoryBatch, size: int) -> Iterator[TrajectoryMinibatch]:
         for planned in order.split(size):
             rows = planned[valid[planned]]
             if len(rows):
-                yield _gather(batch, rows, step_order[rows])
+                yield _gather(batch, rows, step_order)
 
 
-def _gather(batch: TrajectoryBatch, rows: Tensor, steps: Tensor) -> TrajectoryMinibatch:
+def _gather(batch: TrajectoryBatch, planned: Tensor, step_order: Tensor) -> TrajectoryMinibatch:
+    places, rows = batch.share.held(planned)
+    if not len(rows):
+        return _idle(batch, step_order[planned[:1]], len(planned))
     latents = batch.trajectory.latents
     cond = batch.cond.take(rows)
-    rows, steps = rows.to(latents.device), steps.to(latents.device)
+    rows, steps = rows.to(latents.device), step_order[places].to(latents.device)
     index = rows[:, None]
     return TrajectoryMinibatch(
         rows=rows,
         steps=steps,
         latents=latents,
         old_log_probs=batch.old_log_probs[index, steps],
-        advantages=batch.advantages[rows],
+        advantages=batch.advantages[places.to(batch.advantages.device)],
         cond=cond,
+        total=len(planned),
+    )
+
+
+def _idle(batch: TrajectoryBatch, steps: Tensor, total: int) -> TrajectoryMinibatch:
+    """What a rank without a row works on. Zeros: a sample of its own may hold NaN (0 x NaN)."""
+    latents = torch.zeros_like(batch.trajectory.latents[:1])
+    row = torch.zeros(1, dtype=torch.long)
+    return TrajectoryMinibatch(
+        rows=row.to(latents.device),
+        steps=steps.to(latents.device),
+        latents=latents,
+        old_log_probs=torch.zeros(steps.shape, device=latents.device),
+        advantages=torch.zeros(1, device=latents.device),
+        cond=batch.cond.take(row),
+        total=total,
+        idle=True,
     )

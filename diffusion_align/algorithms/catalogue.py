@@ -50,6 +50,14 @@ ALGORITHMS: dict[str, AlgorithmInfo] = {
         source="Black et al. 2023, arXiv 2305.13301",
         needs=Needs(trajectory=True),
     ),
+    "rwr": AlgorithmInfo(
+        name="rwr",
+        target="diffusion_align.algorithms.rwr:RWR",
+        options="diffusion_align.algorithms.rwr_options:RWROptions",
+        description="denoising regression on its own samples, weighted by reward; any reward",
+        source="Black et al. 2023, arXiv 2305.13301; Lee et al. 2023, arXiv 2302.12192",
+        needs=Needs(clean_latents=True),
+    ),
     "reward": AlgorithmInfo(
         name="reward",
         target="diffusion_align.algorithms.reward_training:RewardTraining",

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from diffusion_align.algorithms.options import DDPOOptions
+from torch import Tensor
+
+from diffusion_align.algorithms.options import DDPOOptions, window
 from diffusion_align.errors import UserError
 from diffusion_align.sampling.options import ResolvedSampling
 from reward_models.base import Reward
@@ -43,6 +45,23 @@ def as_reward(given: Any) -> Reward:
         fix='give reward_models.load("name"), or a function fn(images, prompts) that returns one '
         "number per image",
     )
+
+
+def in_window(steps: Tensor, count: int, start: float, end: float) -> Tensor:
+    """Those of `steps` (long [S], of a schedule of `count`) in the window [start, end) of it.
+
+    Raises:
+        UserError: there is none.
+    """
+    wanted = window(count, start, end)
+    inside = steps[(steps >= wanted.start) & (steps < wanted.stop)]
+    if not len(inside):
+        raise UserError(
+            f"no step with noise lies between {start:g} and {end:g} of the {count} steps",
+            where="algorithm.window_start, algorithm.window_end",
+            fix="widen the window",
+        )
+    return inside
 
 
 def check_sampling(

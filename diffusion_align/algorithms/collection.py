@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from diffusion_align.algorithms.base import Listener, Samples
+from diffusion_align.algorithms.base import Alone, Group, Listener, Samples
+from diffusion_align.algorithms.options import CollectionOptions
+from diffusion_align.algorithms.picture_metrics import PictureMeter, PictureMetrics
 from diffusion_align.algorithms.plan import Item, Plan
+from diffusion_align.algorithms.scoring import ChunkScorer, gains_by_overlap
+from diffusion_align.algorithms.sharing import Share
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.diffusion.schedules import Schedule
 from diffusion_align.diffusion.transitions import Reduction
@@ -17,7 +22,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.policy import Conditioning, Policy
 from diffusion_align.sampling.options import ResolvedSampling
 from diffusion_align.sampling.rollout import Trajectory, rollout
-from reward_models.base import Reward, Scores, check_scores
+from reward_models.base import Reward, Scores
 
 PICTURES_KEPT = 8
 """How many of a batch's pictures are kept to be looked at."""
@@ -25,12 +30,18 @@ PICTURES_KEPT = 8
 
 @dataclass(frozen=True)
 class Collection:
-    """N sampled and scored items. rewards: float32 [N] on the CPU, NaN where there is none."""
+    """N sampled and scored items. rewards: float32 [N] on the CPU, NaN where there is none.
+
+    In a group scores and pictures are those of all N items; the trajectory is that of the n items
+    at `share.places`, which this rank sampled.
+    """
 
     items: Sequence[Item]
+    share: Share
     trajectory: Trajectory
     scores: Scores
     samples: Samples
+    pictures: PictureMetrics
 
     @property
     def valid(self) -> Tensor:
@@ -49,52 +60,95 @@ def collect_samples(
     sampling: ResolvedSampling,
     reduction: Reduction,
     listener: Listener,
+    options: CollectionOptions,
+    keep: Literal["all", "final"] = "all",
+    group: Group | None = None,
 ) -> Collection:
     """Sample and score one iteration in chunks of `sampling.batch_size`.
 
-    A chunk is decoded and scored before the next is sampled, so that pixels never pile up (but for
-    a reward of scope `group`, which must see all samples of a prompt together).
+    A chunk is decoded and scored before, or with `options.reward_overlap` while, the next is
+    sampled, so that pixels never pile up (but for a reward of scope `group`, which must see all
+    samples of a prompt together: those of one prompt wait). keep: see `rollout`. In a group each
+    rank samples and scores its share in chunks of that size, and what was found is gathered.
 
     Raises:
         UserError: no item at all could be scored.
     """
     items = plan.items(iteration)
-    cond = encode(policy, [item.prompt for item in items], sampling, sampling.guidance_scale)
+    share = Share.of(plan.minibatch_orders(iteration, 1)[0], group or Alone())
+    mine = [items[place] for place in share.places.tolist()]
+    cond = encode(policy, [item.prompt for item in mine], sampling, sampling.guidance_scale)
     trajectories: list[Trajectory] = []
     pixels: list[Tensor] = []
-    scores: list[Scores] = []
-    whole_groups = reward.info.scope == "group"
-    for start in range(0, len(items), sampling.batch_size):
-        chunk = items[start : start + sampling.batch_size]
-        listener.progress("sampling", start, len(items))
-        trajectory = rollout(
-            policy,
-            cond.take(range(start, start + len(chunk))),
-            schedule,
-            plan.rollout_streams(chunk, iteration),
-            guidance_scale=sampling.guidance_scale,
-            eta=sampling.eta,
-            flow_kind=sampling.flow_kind,
-            noise_level=sampling.noise_level,
-            reduction=reduction,
-            batch_size=sampling.batch_size,
-        )
-        trajectories.append(trajectory)
-        decoded = policy.decode(trajectory.x_0)
-        listener.progress("scoring", start, len(items))
-        if whole_groups:
-            pixels.append(decoded)
-        else:
-            scores.append(_score(reward, decoded, chunk))
-            pixels.append(decoded[: max(0, PICTURES_KEPT - start)].cpu())
-    if whole_groups:
-        scores = _score_groups(reward, torch.cat(pixels), items, plan.samples_per_prompt)
-    joined = _join_scores(scores)
-    _require_scores(joined, reward.info.name, iteration)
-    kept = torch.cat([part.cpu() for part in pixels])[:PICTURES_KEPT].float()
-    shown = [item.prompt.text for item in items[: len(kept)]]
-    samples = Samples(kept, shown, joined.values[: len(kept)])
-    return Collection(items, _join_trajectories(trajectories, cond), joined, samples)
+    together = share.group.size > 1  # then prompts are split over ranks and meet afterwards
+    by_prompt = together and reward.info.scope == "group"
+    size = sampling.batch_size
+    meter = PictureMeter()
+    scorer = ChunkScorer(
+        reward,
+        iteration,
+        overlap=overlaps(options, reward, policy),
+        timeout=options.reward_timeout,
+    )
+    with scorer:
+        # Where forwards are made in lockstep, a rank with fewer chunks samples its last item again.
+        count = share.largest if share.group.lockstep else len(mine)
+        for start in range(0, count, size):
+            chunk = mine[start : start + size]
+            rows = range(start, start + len(chunk)) if chunk else [len(mine) - 1]
+            listener.progress("sampling", start, len(mine))
+            trajectory = rollout(
+                policy,
+                cond.take(rows),
+                schedule,
+                plan.rollout_streams([mine[row] for row in rows], iteration),
+                guidance_scale=sampling.guidance_scale,
+                eta=sampling.eta,
+                flow_kind=sampling.flow_kind,
+                noise_level=sampling.noise_level,
+                reduction=reduction,
+                batch_size=size,
+                keep=keep,
+            )
+            if not chunk:
+                break
+            trajectories.append(trajectory)
+            decoded = policy.decode(trajectory.x_0)
+            listener.progress("scoring", start, len(mine))
+            if not by_prompt:
+                scorer.add(decoded, chunk)
+            if not together:
+                meter.add(decoded, [item.position for item in chunk])
+            shown = len(decoded) if together else max(0, PICTURES_KEPT - start)
+            pixels.append(decoded[:shown].cpu())
+        drawn = torch.cat(pixels)
+        if together:
+            for whole, members in share.whole_prompts(drawn, items):
+                meter.add(whole, [item.position for item in members])
+                if by_prompt:
+                    scorer.add(whole.to(policy.device), members)
+        scores = share.gather_scores(scorer.finish(), items, by_prompt=by_prompt)
+    pictures = share.gather_pictures(meter.take(), items) if together else meter.take()
+    _require_scores(scores, reward.info.name, iteration)
+    kept = drawn[:PICTURES_KEPT].float()
+    places = share.places[: len(kept)]
+    prompts = [items[place].prompt.text for place in places.tolist()]
+    samples = Samples(kept, prompts, scores.values[places])
+    joined = _join_trajectories(trajectories, cond)
+    return Collection(items, share, joined, scores, samples, pictures)
+
+
+def overlaps(options: CollectionOptions, reward: Reward, policy: Policy) -> bool:
+    """Whether rewards are computed beside the sampling: as asked for, else where that gains."""
+    if options.reward_overlap is not None:
+        return options.reward_overlap
+    return gains_by_overlap(reward, policy.device)
+
+
+def run_record(reward: Reward, plan: Plan) -> dict[str, Any]:
+    """The reward's name and those it is made of, and the prompts' texts, for the run folder."""
+    rewards = list(dict.fromkeys([reward.info.name, *reward.info.components]))
+    return {"trained_on": rewards, "prompts": [prompt.text for prompt in plan.prompts]}
 
 
 def encode(
@@ -114,7 +168,7 @@ def encode(
 
 
 def reward_metrics(collected: Collection) -> dict[str, float]:
-    """Numbers about an iteration's rewards, failed ones counted and left out of the rest."""
+    """Numbers about an iteration's rewards and pictures; failed ones are counted and left out."""
     scores, valid = collected.scores, collected.valid
     values = scores.values[valid].double()
     metrics = {
@@ -123,24 +177,13 @@ def reward_metrics(collected: Collection) -> dict[str, float]:
         "reward/min": float(values.min()),
         "reward/max": float(values.max()),
         "reward/invalid": float((~valid).sum()),
+        **collected.pictures.means(),
     }
     for name, part in scores.parts.items():
         known = part[part.isfinite()].double()
         if len(known):
             metrics[f"reward_part/{name}"] = float(known.mean())
     return metrics
-
-
-def _score(reward: Reward, pixels: Tensor, items: Sequence[Item]) -> Scores:
-    prompts = [item.prompt.text for item in items]
-    metadata = [item.prompt.metadata for item in items]
-    said = any(metadata)
-    scores = reward.score(pixels, prompts, metadata=metadata if said else None)
-    checked = check_scores(scores, len(items), reward.info.name)
-    return Scores(
-        checked.values.detach().cpu().float(),
-        {name: part.detach().cpu().float() for name, part in checked.parts.items()},
-    )
 
 
 def _require_scores(scores: Scores, name: str, iteration: int) -> None:
@@ -150,22 +193,6 @@ def _require_scores(scores: Scores, name: str, iteration: int) -> None:
             where=f"reward {name}",
             fix="see why it returns NaN: score a folder of pictures with it first",
         )
-
-
-def _score_groups(
-    reward: Reward, pixels: Tensor, items: Sequence[Item], samples_per_prompt: int
-) -> list[Scores]:
-    return [
-        _score(
-            reward, pixels[start : start + samples_per_prompt], items[start:][:samples_per_prompt]
-        )
-        for start in range(0, len(items), samples_per_prompt)
-    ]
-
-
-def _join_scores(scores: Sequence[Scores]) -> Scores:
-    parts = {name: torch.cat([chunk.parts[name] for chunk in scores]) for name in scores[0].parts}
-    return Scores(torch.cat([chunk.values for chunk in scores]), parts)
 
 
 def _join_trajectories(chunks: Sequence[Trajectory], cond: Conditioning) -> Trajectory:

@@ -16,28 +16,28 @@ policy is shown to be 1 before the first update, a collapsed prompt gives no gra
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from diffusion_align.algorithms.advantages import Normaliser, PromptStatistics
-from diffusion_align.algorithms.base import Listener, Needs, Silence
+from diffusion_align.algorithms.advantages import without_small
+from diffusion_align.algorithms.base import Alone, Group, Listener, Needs, Silence
 from diffusion_align.algorithms.batches import TrajectoryBatch, TrajectoryMinibatch, cut
-from diffusion_align.algorithms.checks import as_reward, check_sampling
+from diffusion_align.algorithms.checks import as_reward, check_sampling, in_window
 from diffusion_align.algorithms.collection import (
     Collection,
     collect_samples,
     encode,
     reward_metrics,
+    run_record,
 )
 from diffusion_align.algorithms.likelihood import Likelihood, branches
 from diffusion_align.algorithms.losses import clipped_policy_loss
+from diffusion_align.algorithms.online import Online
 from diffusion_align.algorithms.options import DDPOOptions
-from diffusion_align.algorithms.plan import Plan
 from diffusion_align.algorithms.replay import (
     FloatProbe,
     ReplayReport,
@@ -46,8 +46,9 @@ from diffusion_align.algorithms.replay import (
     ratio_deviation,
     refuse_dropout,
 )
+from diffusion_align.algorithms.sharing import weighted
 from diffusion_align.algorithms.untouched import Untouched
-from diffusion_align.data.prompts import Prompt, load_prompts
+from diffusion_align.data.prompts import PromptSource
 from diffusion_align.policy import Policy
 from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
 from reward_models.base import Reward
@@ -60,8 +61,8 @@ class DDPO:
     Args:
         policy: loaded with LoRA or for full fine-tuning.
         reward: any `Reward`, or a function `fn(images, prompts) -> [B]`; higher is better.
-        prompts: what to sample pictures of, each once: a list of strings or `Prompt`s, a file, or
-            the name of a built-in list.
+        prompts: what to sample pictures of, each once: a list of strings or `Prompt`s, a file, the
+            name of a built-in list, or a function that returns a list.
         options: see `DDPOOptions`.
         sampling: how to sample; None in it means the model's own value. It needs noise: eta > 0,
             or a flow kind other than ode.
@@ -75,7 +76,7 @@ class DDPO:
         self,
         policy: Policy,
         reward: Reward | ScoreFunction,
-        prompts: str | Path | Sequence[str | Prompt],
+        prompts: PromptSource,
         *,
         options: DDPOOptions | None = None,
         sampling: SamplingOptions | None = None,
@@ -87,43 +88,40 @@ class DDPO:
         self.sampling = resolve_sampling(sampling or SamplingOptions(), policy.info)
         self.needs = Needs(trajectory=True, reference=o.kl_weight > 0)
         self.listener: Listener = Silence()
+        self.group: Group = Alone()
         self._likelihood = Likelihood(
             policy,
             policy.schedule(self.sampling.steps),
             self.sampling,
             "mean" if o.clip_unit == "mean" else "sum",
         )
-        self._steps = self._likelihood.stochastic_steps()
-        check_sampling(o, self.sampling, self._likelihood.schedule.family, len(self._steps))
+        stochastic = self._likelihood.stochastic_steps()
+        check_sampling(o, self.sampling, self._likelihood.schedule.family, len(stochastic))
+        self._steps = in_window(stochastic, self.sampling.steps, o.window_start, o.window_end)
         refuse_dropout(policy.denoiser)
-        # The tiny term keeps 0.29 x 100 from flooring to 28.
-        self._trained_steps = max(1, int(len(self._steps) * o.timestep_fraction + 1e-9))
+        self._trained_steps = o.drawn(len(self._steps))
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
-        known = load_prompts(prompts if isinstance(prompts, str | Path) else list(prompts))
-        self._plan = Plan(known, o.prompts_per_iteration, o.samples_per_prompt, seed)
-        statistics = PromptStatistics(o.buffer_size, o.buffer_min_count)
-        self._normaliser = Normaliser(o.advantages, o.advantage_clip, statistics)
-        self._calls = 0
+        self._online = Online(prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
 
     def describe(self) -> list[str]:
-        """The clip range in both units, and what an iteration consists of."""
+        """The clip range in both units, what an iteration consists of, the unit of the KL."""
         o, n = self.options, self._likelihood.dimensions
         mean = o.clip_range if o.clip_unit == "mean" else o.clip_range / n
+        unit = f"nats, averaged over {n} dimensions" if o.clip_unit == "mean" else "nats"
+        kl = [f"KL to the reference, per step in {unit}: weight {o.kl_weight:g}"]
         return [
             f"clip range {o.clip_range:g} {o.clip_unit}: {mean:.3g} in the mean over {n} "
             f"dimensions, {mean * n:.3g} nats in their sum",
             f"one iteration: {o.prompts_per_iteration} prompts x {o.samples_per_prompt} samples, "
             f"{self._trained_steps} of {self.sampling.steps} steps trained, guidance "
             f"{self.sampling.guidance_scale:g} in sampling and {self._guidance:g} in training",
+            *(kl if o.kl_weight > 0 else []),
         ]
 
     def record(self) -> dict[str, Any]:
         """The reward's name and those it is made of, and the prompts' texts, for the run folder."""
-        prompts = [prompt.text for prompt in self._plan.prompts]
-        info = self.reward.info
-        rewards = list(dict.fromkeys([info.name, *info.components]))
-        return {"trained_on": rewards, "prompts": prompts}
+        return run_record(self.reward, self._online.plan)
 
     def collect(self, iteration: int) -> TrajectoryBatch:
         """Sample, score, normalise. Before the very first update the replay check runs as well.
@@ -135,29 +133,34 @@ class DDPO:
         collected = collect_samples(
             self.policy,
             self.reward,
-            self._plan,
+            self._online.plan,
             iteration,
             schedule=self._likelihood.schedule,
             sampling=self.sampling,
             reduction=self._likelihood.reduction,
             listener=self.listener,
+            options=o,
+            group=self.group,
         )
         trajectory = collected.trajectory
         cond = trajectory.cond
         if self._guidance != self.sampling.guidance_scale:
-            prompts = [item.prompt for item in collected.items]
+            prompts = [collected.items[i].prompt for i in collected.share.places.tolist()]
             cond = encode(self.policy, prompts, self.sampling, self._guidance)
+        advantages = self._online.normalised(collected)
+        learnt = without_small(advantages, o.advantage_floor)
         batch = TrajectoryBatch(
             trajectory=trajectory,
             cond=cond,
             old_log_probs=trajectory.log_probs,
-            advantages=self._advantages(collected).to(trajectory.latents.device),
-            sample_orders=self._plan.minibatch_orders(iteration, o.inner_epochs),
-            step_orders=self._plan.timestep_orders(
+            advantages=learnt.to(trajectory.latents.device),
+            sample_orders=self._online.plan.minibatch_orders(iteration, o.inner_epochs),
+            step_orders=self._online.plan.timestep_orders(
                 iteration, o.inner_epochs, self._steps, self._trained_steps
             ),
             metrics={},
             samples=collected.samples,
+            share=collected.share,
         )
         if self._replays is None:
             report = self.check_replay(batch)
@@ -167,26 +170,20 @@ class DDPO:
             self.listener.progress("replaying", 0, 1)
             old_log_probs = self._replay(batch, self._guidance)
             batch = replace(batch, old_log_probs=old_log_probs)
-        return replace(batch, metrics=self._metrics(collected, batch))
+        return replace(batch, metrics=self._metrics(collected, advantages, learnt))
 
-    def _advantages(self, collected: Collection) -> Tensor:
-        return self._normaliser(
-            collected.scores.values,
-            [item.prompt.text for item in collected.items],
-            [item.position for item in collected.items],
-        )
-
-    def _metrics(self, collected: Collection, batch: TrajectoryBatch) -> dict[str, float]:
-        valid = int(collected.valid.sum())
-        trained = valid * self._trained_steps * self.options.inner_epochs
-        sampled = len(self._plan) * self.sampling.steps * branches(self.sampling.guidance_scale)
+    def _metrics(
+        self, collected: Collection, advantages: Tensor, learnt: Tensor
+    ) -> dict[str, float]:
+        known = int((~learnt.isnan()).sum())
+        trained = known * self._trained_steps * self.options.inner_epochs
         # A backward counts as two forwards (DESIGN section 3); the reference adds a forward.
         per_pair = 3 + (self.options.kl_weight > 0)
-        self._calls += sampled + trained * per_pair * branches(self._guidance)
         return {
             **reward_metrics(collected),
-            **self._normaliser.metrics(batch.advantages),
-            "cost/calls": float(self._calls),
+            **self._online.spread(advantages),
+            "advantage/trained": known / int(collected.valid.sum()),
+            **self._online.spend(trained * per_pair * branches(self._guidance)),
         }
 
     def minibatch_count(self) -> int:
@@ -209,13 +206,18 @@ class DDPO:
         The losses of a minibatch add up to scale x the mean over train_batch_size x T pairs,
         however the steps are grouped; samples taken out for a failed reward count as zeros in it.
         """
-        share = scale * len(minibatch.rows) / self.options.train_batch_size
+        # Gradients are averaged over the ranks, hence the group's size.
+        whole = scale * self.group.size / self.options.train_batch_size
+        share = whole * minibatch.count
+        part = minibatch.portion * self.group.size
         steps = minibatch.steps.shape[1]
         for group in minibatch.groups(self.options.timesteps_per_loss):
             pairs = minibatch.pairs(group)
             transition = self._likelihood.transition(pairs, self._guidance)
             log_prob = transition.log_prob(pairs.x_next, self._likelihood.reduction)
             old_log_prob = minibatch.old_log_probs[:, group]
+            if minibatch.idle:  # zeros have no old likelihood: a ratio of 1 stays finite
+                old_log_prob = log_prob.detach().view_as(old_log_prob)
             advantage = minibatch.advantages[:, None].expand_as(old_log_prob)
             loss, ratio = clipped_policy_loss(
                 log_prob.view_as(old_log_prob), old_log_prob, advantage, self.options.bounds
@@ -233,7 +235,7 @@ class DDPO:
                 kl = transition.kl(reference, self._likelihood.reduction).mean()
                 loss = loss + self.options.kl_weight * kl
                 metrics["policy/kl_reference"] = kl.detach()
-            yield loss * (share * old_log_prob.shape[1] / steps), metrics
+            yield loss * (share * old_log_prob.shape[1] / steps), weighted(metrics, part)
 
     def loss_count(self, minibatch: TrajectoryMinibatch) -> int:
         """How many losses `losses` yields."""
@@ -264,6 +266,9 @@ class DDPO:
         return report
 
     def _judge(self, deviation: Tensor, wish: Wish, is_float32: bool) -> ReplayReport:
+        # The worst of all ranks, so that all decide alike.
+        worst = self.group.gather(deviation.nan_to_num(nan=-1)[None]).amax(dim=0)
+        deviation = worst.masked_fill(worst < 0, math.nan)
         return judge(
             timesteps=self._likelihood.schedule.timesteps,
             deviation=deviation.cpu(),
@@ -280,23 +285,21 @@ class DDPO:
             batch.trajectory.log_probs,
             self.options.timesteps_per_loss,
             guidance,
+            lockstep=self.group.lockstep,
         )
-        self._calls += int((~log_probs.isnan()).sum()) * branches(guidance)
+        replayed = self.group.gather((~log_probs.isnan()).sum()[None]).sum()
+        self._online.calls += int(replayed) * branches(guidance)
         return log_probs
 
     def state_dict(self) -> dict[str, Any]:
-        """Per-prompt statistics, calls so far, the replay check's decision.
-
-        The data cursor is the iteration itself: the plan is a function of seed and iteration.
-        """
-        return {
-            "statistics": self._normaliser.statistics.state_dict(),
-            "calls": self._calls,
-            "replays": self._replays,
-        }
+        """What `Online` keeps, and the replay check's decision."""
+        return {**self._online.state_dict(), "replays": self._replays}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from what `state_dict` returned."""
-        self._normaliser.statistics.load_state_dict(state["statistics"])
-        self._calls = state["calls"]
+        """Continue from what `state_dict` returned.
+
+        Raises:
+            UserError: of a run on other prompts.
+        """
+        self._online.load_state_dict(state)
         self._replays = state["replays"]

@@ -74,10 +74,13 @@ class Likelihood:
         like: Tensor,
         group_size: int,
         guidance: float,
+        *,
+        lockstep: bool = False,
     ) -> Tensor:
         """Log-probabilities [N, S] computed in these minibatches' shapes; NaN elsewhere.
 
-        A pair that comes again in a later inner epoch keeps its first value.
+        A pair that comes again in a later inner epoch keeps its first value. With `lockstep` the
+        forward is made all the same, because other ranks make theirs with it.
         """
         result = torch.full_like(like, math.nan)
         for minibatch in minibatches:
@@ -85,9 +88,12 @@ class Likelihood:
             for group in minibatch.groups(group_size):
                 steps = minibatch.steps[:, group]
                 known = result[rows, steps]
-                if not bool(known.isnan().any()):
+                wanted = not minibatch.idle and bool(known.isnan().any())
+                if not wanted and not lockstep:
                     continue
                 log_prob = self.log_prob(minibatch, group, guidance)
+                if not wanted:
+                    continue
                 result[rows, steps] = torch.where(known.isnan(), log_prob, known)
         return result
 

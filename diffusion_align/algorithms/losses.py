@@ -101,6 +101,33 @@ def logistic_preference_loss(margin: Tensor, label: Tensor | float = 1.0) -> Ten
     return -label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin)
 
 
+def weighted_denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted denoising regression: mean over items of w_i mean over dimensions (p_i - y_i)^2.
+
+    With every weight 1 it is the loss that diffusion models are trained with. Weights are not
+    normalised here.
+
+    Args:
+        prediction: [B, ...] of the denoiser, with a graph; eps, v, flow or x0.
+        target: [B, ...] what a perfect denoiser says (`diffusion.noising.target`).
+        weight: [B], finite, at least 0; its graph is ignored.
+
+    Returns:
+        0-d, float32 (float64 where the prediction is).
+
+    *Source:* Black et al. 2023 (arXiv 2305.13301), equation 4 with w; Lee et al. 2023 (arXiv
+    2302.12192), equation 4.
+    """
+    if prediction.shape != target.shape or weight.shape != prediction.shape[:1]:
+        raise ValueError(
+            f"shapes do not fit: prediction {tuple(prediction.shape)}, target "
+            f"{tuple(target.shape)}, weight {tuple(weight.shape)}"
+        )
+    prediction = at_least_float32(prediction)
+    errors = (prediction - target.detach().to(prediction)).square().flatten(1).mean(1)
+    return (weight.detach().to(errors) * errors).mean()
+
+
 def at_least_float32(value: Tensor) -> Tensor:
     """The value in float32, or as it is where it is float64."""
     return value if value.dtype == torch.float64 else value.float()

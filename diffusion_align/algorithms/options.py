@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +12,8 @@ from diffusion_align.ranges import at_least, nearest_divisors, positive, require
 
 
 @dataclass(frozen=True)
-class DDPOOptions:
-    """What steers DDPO. *Source:* Black et al. 2023 (arXiv 2305.13301) and ddpo-pytorch.
+class CollectionOptions:
+    """What every online method says of an iteration: what is sampled, scored, cut and compared.
 
     Errors: a value out of range, or batches that do not divide, raise `OptionError`.
     """
@@ -51,39 +52,16 @@ class DDPOOptions:
     advantage_clip: float = field(
         default=5.0, metadata={"doc": "advantages are limited to plus and minus this"}
     )
-    clip_range: float = field(
-        default=1e-4,
-        metadata={"doc": "how far the policy may move per iteration, in the unit of clip_unit"},
-    )
-    clip_unit: Literal["mean", "nats"] = field(
-        default="mean",
+    reward_overlap: bool | None = field(
+        default=None,
         metadata={
-            "doc": "mean: the log-ratio is averaged over the latent's dimensions (every published "
-            "recipe); nats: it is summed (the true likelihood ratio)"
+            "doc": "score one chunk in a thread while the next is sampled; null = where the reward "
+            "computes elsewhere (another device, a server). The numbers are the same"
         },
     )
-    timestep_fraction: float = field(
-        default=1.0,
-        metadata={"doc": "share of each sample's timesteps trained on, drawn anew per sample"},
-    )
-    train_guidance: bool = field(
-        default=True,
-        metadata={"doc": "apply classifier-free guidance in training as in sampling (2 calls)"},
-    )
-    old_log_probs: Literal["auto", "sampled", "replayed"] = field(
-        default="auto",
-        metadata={
-            "doc": "denominator of the ratio: sampled keeps the rollout's log-probabilities; "
-            "replayed computes them again in the shape of the training batch (one more forward "
-            "per trained step); auto replays only where rounding would show in the ratio"
-        },
-    )
-    kl_weight: float = field(
+    reward_timeout: float = field(
         default=0.0,
-        metadata={
-            "doc": "weight of the KL divergence to the reference, per step, in the reduction of "
-            "clip_unit; 0 turns it off and saves the reference's forward"
-        },
+        metadata={"doc": "seconds one call of the reward may take before the run stops; 0 = any"},
     )
 
     def __post_init__(self) -> None:
@@ -100,9 +78,7 @@ class DDPOOptions:
             "buffer_min_count",
         )
         positive(self, "advantage_clip")
-        require(self, "lie in (0, 1]", lambda share: 0 < share <= 1, "timestep_fraction")
-        at_least(self, 0, "kl_weight")
-        clip_bounds(self.clip_range, self.clip_unit)
+        at_least(self, 0, "reward_timeout")
         compared = {"group": self.samples_per_prompt, "global": self.samples}
         if compared.get(self.advantages) == 1:
             raise OptionError(
@@ -129,11 +105,6 @@ class DDPOOptions:
             )
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """The interval that the ratio is clipped to."""
-        return clip_bounds(self.clip_range, self.clip_unit)
-
-    @property
     def samples(self) -> int:
         """Samples of one iteration."""
         return self.prompts_per_iteration * self.samples_per_prompt
@@ -143,6 +114,10 @@ class DDPOOptions:
         """Minibatches of one iteration."""
         return self.samples // self.train_batch_size * self.inner_epochs
 
+    def trained_steps(self, sampling_steps: int) -> int:
+        """How many steps of each sample an inner epoch trains on, of so many that it has."""
+        return sampling_steps
+
     @property
     def arithmetic(self) -> str:
         """How the number of minibatches comes about, for messages."""
@@ -150,3 +125,106 @@ class DDPOOptions:
             f"{self.samples} samples / {self.train_batch_size} x {self.inner_epochs} inner epochs "
             f"= {self.minibatches} minibatches"
         )
+
+
+def window(steps: int, start: float, end: float) -> range:
+    """Indices of the steps, of so many in all, from share `start` on and before share `end`."""
+    # The tiny terms keep 0.29 x 100 from being 28.999...
+    return range(math.ceil(start * steps - 1e-9), math.ceil(end * steps - 1e-9))
+
+
+@dataclass(frozen=True)
+class DDPOOptions(CollectionOptions):
+    """What steers DDPO. *Source:* Black et al. 2023 (arXiv 2305.13301) and ddpo-pytorch.
+
+    Errors: a value out of range, or batches that do not divide, raise `OptionError`.
+    """
+
+    clip_range: float = field(
+        default=1e-4,
+        metadata={"doc": "how far the policy may move per iteration, in the unit of clip_unit"},
+    )
+    clip_unit: Literal["mean", "nats"] = field(
+        default="mean",
+        metadata={
+            "doc": "mean: the log-ratio is averaged over the latent's dimensions (every published "
+            "recipe); nats: it is summed (the true likelihood ratio)"
+        },
+    )
+    timestep_fraction: float = field(
+        default=1.0,
+        metadata={"doc": "share of each sample's timesteps trained on, drawn anew per sample"},
+    )
+    window_start: float = field(
+        default=0.0,
+        metadata={"doc": "share of the steps, from noise on, that lie before those trained on"},
+    )
+    window_end: float = field(
+        default=1.0,
+        metadata={"doc": "share of the steps, from noise on, at which those trained on end"},
+    )
+    advantage_floor: float = field(
+        default=0.0,
+        metadata={
+            "doc": "samples whose advantage is smaller are sampled and counted in the statistics, "
+            "but not trained on: they would cost as much as others and teach little; 0 = all are"
+        },
+    )
+    train_guidance: bool = field(
+        default=True,
+        metadata={"doc": "apply classifier-free guidance in training as in sampling (2 calls)"},
+    )
+    old_log_probs: Literal["auto", "sampled", "replayed"] = field(
+        default="auto",
+        metadata={
+            "doc": "denominator of the ratio: sampled keeps the rollout's log-probabilities; "
+            "replayed computes them again in the shape of the training batch (one more forward "
+            "per trained step); auto replays only where rounding would show in the ratio"
+        },
+    )
+    kl_weight: float = field(
+        default=0.0,
+        metadata={
+            "doc": "weight of the KL divergence to the reference, per step, in the reduction of "
+            "clip_unit; 0 turns it off and saves the reference's forward"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "lie in (0, 1]", lambda share: 0 < share <= 1, "timestep_fraction")
+        at_least(self, 0, "kl_weight", "advantage_floor")
+        require(self, "lie in [0, 1]", lambda share: 0 <= share <= 1, "window_start", "window_end")
+        if self.window_start >= self.window_end:
+            raise OptionError(
+                "window_end",
+                f"{self.window_end:g} leaves no step after window_start {self.window_start:g}",
+                reads=("window_start",),
+            )
+        if self.advantage_floor >= self.advantage_clip:
+            raise OptionError(
+                "advantage_floor",
+                f"{self.advantage_floor:g} is above every advantage (limited to "
+                f"{self.advantage_clip:g})",
+                reads=("advantage_clip",),
+            )
+        clip_bounds(self.clip_range, self.clip_unit)
+
+    def trained_steps(self, sampling_steps: int) -> int:
+        """Those of a sample in the window, times the fraction; 0 where the window is empty.
+
+        The last step lands on clean data: it takes no noise and is never trained on.
+        """
+        inside = window(sampling_steps, self.window_start, self.window_end)
+        noisy = min(inside.stop, sampling_steps - 1) - inside.start
+        return self.drawn(noisy) if noisy > 0 else 0
+
+    def drawn(self, steps: int) -> int:
+        """How many of a sample's `steps` that could be trained on are: `timestep_fraction`."""
+        # The tiny term keeps 0.29 x 100 from flooring to 28.
+        return max(1, int(steps * self.timestep_fraction + 1e-9))
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The interval that the ratio is clipped to."""
+        return clip_bounds(self.clip_range, self.clip_unit)

@@ -6,15 +6,19 @@ planned again exactly, by a resumed run as well as by the run that was interrupt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from numpy.random import Generator
 from torch import Tensor
 
 from diffusion_align.data.prompts import Prompt
-from diffusion_align.sampling.seeds import stream
+from diffusion_align.errors import UserError
+from diffusion_align.sampling.seeds import Purpose, stream
 
 # Item streams are keyed by the prompt's position in the plan. These positions are beyond any plan
 # and key the draws that belong to an iteration (or a pass over the prompts) as a whole.
@@ -56,16 +60,11 @@ class Plan:
 
     def rollout_streams(self, items: Sequence[Item], iteration: int) -> list[Generator]:
         """Each item's own noise: initial latent first, then one draw per stochastic step."""
-        return [
-            stream(
-                self.seed,
-                "rollout",
-                iteration=iteration,
-                position=item.position,
-                sample=item.sample,
-            )
-            for item in items
-        ]
+        return self._item_streams("rollout", items, iteration)
+
+    def noise_streams(self, items: Sequence[Item], iteration: int) -> list[Generator]:
+        """The noise that each item's clean latent is trained under: one draw per inner epoch."""
+        return self._item_streams("train-noise", items, iteration)
 
     def minibatch_orders(self, iteration: int, epochs: int) -> Tensor:
         """A permutation of the iteration's samples for each inner epoch: long [epochs, N]."""
@@ -88,6 +87,29 @@ class Plan:
             )
         return torch.stack([torch.stack(item) for item in drawn], dim=1)
 
+    def check_same(self, before: str) -> None:
+        """Refuse to go on where the prompts are not those of `before`, a `fingerprint`.
+
+        Raises:
+            UserError: the iteration would say other prompts than it said then.
+        """
+        if before != self.fingerprint:
+            raise UserError(
+                "these are not the prompts that the run began with",
+                where="prompts.source",
+                fix="put the old list back (a function must return the same list each time), or "
+                "begin another run",
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that the prompts say (text, negative, metadata) and of their order."""
+        rows = [
+            [prompt.text, prompt.negative, *([_plain(prompt.metadata)] if prompt.metadata else [])]
+            for prompt in self.prompts
+        ]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
     def _deal(self, iteration: int) -> list[Prompt]:
         first = iteration * self.prompts_per_iteration
         count = len(self.prompts)
@@ -101,5 +123,27 @@ class Plan:
             dealt.append(self.prompts[decks[deck][offset]])
         return dealt
 
+    def _item_streams(
+        self, purpose: Purpose, items: Sequence[Item], iteration: int
+    ) -> list[Generator]:
+        return [
+            stream(
+                self.seed, purpose, iteration=iteration, position=item.position, sample=item.sample
+            )
+            for item in items
+        ]
+
     def _timestep_stream(self, iteration: int, position: int, sample: int) -> Generator:
         return stream(self.seed, "timestep", iteration=iteration, position=position, sample=sample)
+
+
+def _plain(value: Any) -> Any:
+    """Metadata as JSON, whatever it holds; of an object only its type, as `repr` may not last."""
+    if isinstance(value, Mapping):
+        pairs = [[str(key), _plain(inner)] for key, inner in value.items()]
+        return sorted(pairs, key=lambda pair: pair[0])
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return type(value).__qualname__

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffusion_align.algorithms.base import Group
 from diffusion_align.sampling.seeds import stream
 
 # Beyond any item's position, as in `plan`: draws that belong to a pass or an iteration as a whole.
@@ -34,6 +35,10 @@ class Deck:
         passes = range(start // size, (start + count - 1) // size + 1)
         shuffled = torch.cat([self.rows[self._order(number)] for number in passes])
         return shuffled[start - passes[0] * size :][:count].split(self.batch_size)
+
+    def share(self, group: Group) -> Tensor:
+        """The places in every batch that are this rank's: long [k], dealt like cards."""
+        return torch.arange(self.batch_size)[group.rank :: group.size]
 
     def flips(self, iteration: int) -> Sequence[Tensor]:
         """Which rows of the iteration's batches are mirrored: half of them, bool."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.algorithms.base import Listener, Needs, Silence
+from diffusion_align.algorithms.base import Alone, Group, Listener, Needs, Silence
 from diffusion_align.algorithms.reward_checks import check_loss, completed, usable_rows
 from diffusion_align.algorithms.reward_deck import Deck
 from diffusion_align.algorithms.reward_inputs import RewardInputs, RewardMinibatch
@@ -31,6 +31,7 @@ from diffusion_align.algorithms.reward_validation import (
     score_rows,
 )
 from diffusion_align.data.judgements import Judgements
+from diffusion_align.errors import UserError
 from reward_models.plan import RewardPlan
 from reward_models.training import TrainableReward
 
@@ -116,6 +117,7 @@ class RewardTraining:
         self.policy = Learner(self, reward)
         self.needs = Needs()
         self.listener: Listener = Silence()
+        self.group: Group = Alone()
         self._judgements = judgements
         self._trained_on = tuple(trained_on)
         self._validate_at_end = validate_at_end
@@ -216,6 +218,12 @@ class RewardTraining:
         Raises:
             RewardError: a picture that cannot be read, by name.
         """
+        if self.options.batch_size < self.group.size:
+            raise UserError(
+                f"{self.group.size} processes cannot share batches of {self.options.batch_size}",
+                where="algorithm.batch_size",
+                fix="start fewer processes, or raise it",
+            )
         self._make_ready()
         self._iterations = iteration
         metrics: dict[str, float] = {}
@@ -247,15 +255,30 @@ class RewardTraining:
         sides = outputs.chunk(self._inputs.sides)
         scored = torch.stack([~side.detach().isnan() for side in sides]).all(dim=0)
         mask = minibatch.mask & scored
+        used = (self._loss.used(minibatch.labels, mask) * minibatch.weights[:, None]).sum()
         extra = {"k": self.options.tie_constant} if self._loss.ties == "modelled" else {}
         loss = self._loss.function(*sides, minibatch.labels, mask, minibatch.weights, **extra)
-        metrics = {"train/loss": loss.detach()}
-        metrics["train/unscored"] = (minibatch.mask & ~scored).any(dim=1).sum().float()
+        unscored = (minibatch.mask & ~scored).any(dim=1).sum().float()
+        credit = torch.empty(0)
         if self._inputs.sides == 2:
             credit = _credit(sides[0], sides[1], minibatch.labels, mask)
-            if len(credit):
-                metrics["train/accuracy"] = credit.mean()
-        yield loss * scale, metrics
+        # Means over the minibatch of all ranks: each rank's part, times the size, because gradients
+        # and metrics are averaged over the ranks.
+        part = self._part(used) if self.group.size > 1 else 1.0
+        part = 0.0 if math.isnan(part) else part  # nothing to learn from on any rank
+        credited = self._part(torch.tensor(float(len(credit))))
+        metrics = {
+            "train/loss": loss.detach() * part,
+            "train/unscored": unscored * self.group.size,
+        }
+        if not math.isnan(credited):
+            metrics["train/accuracy"] = credit.mean() * credited if len(credit) else unscored * 0
+        yield loss * (scale * part), metrics
+
+    def _part(self, mine: Tensor) -> float:
+        """This rank's share of something x the group's size; NaN where no rank has any."""
+        every = self.group.gather(mine.detach().double()[None])
+        return float(mine / every.sum()) * self.group.size
 
     def loss_count(self, minibatch: RewardMinibatch) -> int:
         """1."""
@@ -332,7 +355,11 @@ class RewardTraining:
     def _load(self, iteration: int) -> list[RewardMinibatch]:
         rows = self._deck.deal(iteration)
         flips = self._deck.flips(iteration) if self.options.flip else [None] * len(rows)
-        return [self._inputs.take(*both) for both in zip(rows, flips, strict=True)]
+        mine = self._deck.share(self.group)
+        return [
+            self._inputs.take(all_rows[mine], None if mirrored is None else mirrored[mine])
+            for all_rows, mirrored in zip(rows, flips, strict=True)
+        ]
 
     def _mean_label(self) -> Tensor:
         labels, mask = self._inputs.labels, self._inputs.mask

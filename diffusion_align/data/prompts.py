@@ -1,4 +1,4 @@
-"""Prompt lists: built in, from a `.txt` or `.jsonl` file, or given directly.
+"""Prompt lists: built in, from a `.txt` or `.jsonl` file, from a function, or given directly.
 
 A `.txt` file holds one prompt per line, taken literally (`#` starts no comment); blank lines are
 skipped. A `.jsonl` file holds one object per line with `prompt`, optionally `negative_prompt`;
@@ -12,11 +12,12 @@ a comparison, so they are refused rather than dropped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from diffusion_align.data.prompt_functions import names_function, rows_of_function, rows_of_name
 from diffusion_align.errors import UserError, did_you_mean
 
 SHOWN_PROBLEMS = 12
@@ -52,12 +53,17 @@ class Prompt:
         return self.text
 
 
-def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
-    """The prompts of a built-in list, a `.txt` or `.jsonl` file, or a list of strings or `Prompt`s.
+PromptRow = str | Prompt | Mapping[str, Any]
+PromptSource = str | Path | Iterable[PromptRow] | Callable[[], Iterable[PromptRow]]
+
+
+def load_prompts(source: PromptSource) -> list[Prompt]:
+    """The prompts of a built-in list, a `.txt` or `.jsonl` file, a function, or a list.
 
     Args:
         source: `animals`, `small-world`, `small-world:heldout` (both with `:N` for N captions), a
-            path, or the prompts themselves.
+            path, `my_module:my_function`, the function, or the prompts themselves: strings,
+            `Prompt`s, or mappings with the keys of a `.jsonl` file. See `prompt_functions`.
 
     Raises:
         UserError: unknown name or missing file, not UTF-8 (byte offset and line), empty, malformed
@@ -68,6 +74,12 @@ def load_prompts(source: str | Path | Sequence[str | Prompt]) -> list[Prompt]:
     """
     if isinstance(source, str) and (built_in := _built_in(source)) is not None:
         return built_in
+    if isinstance(source, str) and names_function(source):
+        return _checked(*_from_list(rows_of_name(source)), where=source, unit="item")
+    if callable(source):
+        where = getattr(source, "__qualname__", type(source).__name__)
+        rows_of = rows_of_function(source)
+        return _checked(*_from_list(rows_of), where=f"prompt function {where}", unit="item")
     if isinstance(source, str | Path):
         path = _existing(source)
         text = decode_text(path.read_bytes(), str(path))
@@ -121,7 +133,7 @@ def _missing(path: Path, asked: str) -> UserError:
     folder = path.parent
     nearby = [str(p) for p in folder.glob("*") if p.suffix.lower() in (".txt", ".jsonl")]
     near = did_you_mean(str(path), nearby) or did_you_mean(asked, BUILT_IN)
-    known = "built-in lists: " + ", ".join(BUILT_IN)
+    known = "built-in lists: " + ", ".join(BUILT_IN) + "; a function: my_module:my_function"
     if not near and " " in asked.strip() and not path.suffix:
         near_line = f'to give a prompt directly, write a list: ["{asked}"]'
     else:
@@ -208,13 +220,18 @@ def kind_of(value: object) -> str:
     return "null" if value is None else names.get(type(value), "a number")
 
 
-def _from_list(source: Sequence[str | Prompt]) -> tuple[Numbered, Problems]:
+def _from_list(source: Iterable[Any]) -> tuple[Numbered, Problems]:
     prompts: Numbered = []
     problems: Problems = []
     for number, item in enumerate(source, start=1):
-        if not isinstance(item, str | Prompt):
+        if isinstance(item, Mapping) and (fault := _row_fault(dict(item))):
+            problems.append((number, fault))
+            continue
+        if not isinstance(item, str | Prompt | Mapping):
             problems.append((number, f"expected text, found {type(item).__name__} {item!r}"))
             continue
+        if isinstance(item, Mapping):
+            item = _row_prompt(item)
         prompt = item if isinstance(item, Prompt) else Prompt(item.strip())
         if prompt.text.strip():
             prompts.append((number, prompt))

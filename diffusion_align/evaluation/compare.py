@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from diffusion_align.data.diversity import FEATURE_SPACE, PIXEL_SPACE, diversity
 from diffusion_align.data.images import write_png
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.errors import UserError
@@ -28,7 +29,6 @@ from diffusion_align.evaluation.comparison import (
     find_notes,
     picture_name,
 )
-from diffusion_align.evaluation.diversity import FEATURE_SPACE, PIXEL_SPACE, diversity
 from diffusion_align.evaluation.generate import Pictures, Reference, generate
 from diffusion_align.evaluation.report import write_report
 from diffusion_align.evaluation.scoring import score_pictures
@@ -36,7 +36,7 @@ from diffusion_align.evaluation.statistics import Floats
 from diffusion_align.sampling.options import ResolvedSampling, SamplingOptions, resolve_sampling
 
 if TYPE_CHECKING:
-    from diffusion_align.evaluation.diversity import Features
+    from diffusion_align.data.diversity import Features
     from diffusion_align.policy import Policy
     from reward_models.base import Reward
 
@@ -124,7 +124,7 @@ def compare(
     results = _results(tables, rewards, trained_on, features is not None)
     comparison = Comparison(
         setup=Setup(
-            model=info.name,
+            model=_without_path(info.name),
             tuned=tuned_name,
             sampler=sampler_name(policy.family.schedule, settings),
             steps=settings.steps,
@@ -304,3 +304,9 @@ def _clear(output: Path) -> None:
         (output / name).unlink(missing_ok=True)
     for path in (output / "pictures").glob("*/p[0-9]*_s[0-9]*.png"):
         path.unlink()
+
+
+def _without_path(model: str) -> str:
+    """A model's name; of a folder, its last part: a report is read by others."""
+    path = Path(model).expanduser()
+    return path.resolve().name if path.is_absolute() or path.is_dir() else model

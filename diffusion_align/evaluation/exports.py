@@ -15,6 +15,7 @@ from PIL import Image
 from diffusion_align.data.images import save_grid
 from diffusion_align.errors import UserError
 from diffusion_align.evaluation.comparison import Comparison, Side
+from diffusion_align.reporting.redaction import redact, redact_value
 
 GRID_PROMPTS = 8
 GRID_SEEDS = 3
@@ -34,7 +35,12 @@ COLUMNS = (
 
 
 def write_text(path: Path, text: str) -> Path:
-    """Write UTF-8 text whole or not at all; raises `UserError` naming a file that cannot be."""
+    """Write UTF-8 text whole or not at all, without secrets.
+
+    Raises:
+        UserError: naming a file that cannot be written.
+    """
+    text = redact(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -53,7 +59,8 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_summary(comparison: Comparison) -> Path:
     """`summary.json`: one entry per reward, part of a reward (`name/part`) and diversity."""
-    text = json.dumps(comparison.summary(), indent=2, ensure_ascii=False, allow_nan=False)
+    summary = redact_value(comparison.summary())
+    text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False)
     return write_text(comparison.folder / "summary.json", text + "\n")
 
 
@@ -73,9 +80,9 @@ def write_scores(comparison: Comparison) -> Path:
                 table.writerow(
                     [
                         p,
-                        _text(prompt.text),
+                        _text(redact(prompt.text)),
                         s if of_picture else "",
-                        _text(result.name),
+                        _text(redact(result.name)),
                         result.role,
                         *(_cell(value) for value in (base, tuned, tuned - base)),
                         *(
@@ -114,9 +121,9 @@ def write_grid(comparison: Comparison) -> Path:
     return save_grid(
         comparison.folder / "grid.png",
         rows,
-        row_labels=[prompt.text for prompt in prompts],
+        row_labels=[redact(prompt.text) for prompt in prompts],
         column_labels=list(_SIDES) * seeds,
-        title=comparison.headline,
+        title=redact(comparison.headline),
         gap_before=range(2, 2 * seeds, 2),
     )
 

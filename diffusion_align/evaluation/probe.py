@@ -7,6 +7,7 @@ beside every one of them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ import numpy as np
 
 from diffusion_align.data.images import save_grid, write_png
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.evaluation.exports import write_text
 from diffusion_align.evaluation.generate import (
     Pictures,
     Reference,
@@ -23,11 +25,13 @@ from diffusion_align.evaluation.generate import (
 )
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.evaluation.scoring import score_pictures
+from diffusion_align.evaluation.statistics import Floats
+from diffusion_align.reporting.redaction import redact
 from diffusion_align.sampling.options import SamplingOptions
 
 if TYPE_CHECKING:
     from diffusion_align.policy import Policy
-    from reward_models.base import Reward
+    from reward_models.base import Reward, RewardInfo
 
 GRID_SEEDS = 3
 
@@ -64,9 +68,12 @@ class Probe:
         )
         self._base: Pictures | None = None
         self._latest: tuple[int, Pictures] | None = None
+        self._scored: tuple[int, dict[str, Floats]] | None = None
 
     def samples(self, step: int, folder: Path) -> None:
         """Write `p0000_s00.png` ... of the policy as it is now and `grid.png`, base beside it.
+
+        `prompts.jsonl` names the prompt of each, as `score` reads it.
 
         Raises:
             UserError: `folder` cannot be written.
@@ -74,9 +81,14 @@ class Probe:
         pictures = self._pictures(step)
         if self._base is None:
             self._base = self._draw("start")
-        for p in range(len(self._prompts)):
+        captions = [redact(prompt.text) for prompt in self._prompts]
+        rows = []
+        for p, caption in enumerate(captions):
             for s in range(self._seeds):
-                write_png(folder / f"p{p:04d}_s{s:02d}.png", pictures.pixels[p, s].numpy())
+                name = f"p{p:04d}_s{s:02d}.png"
+                write_png(folder / name, pictures.pixels[p, s].numpy())
+                rows.append(json.dumps({"path": name, "prompt": caption}, ensure_ascii=False))
+        write_text(folder / "prompts.jsonl", "\n".join(rows) + "\n")
         shown = range(min(self._seeds, GRID_SEEDS))
         sides = (self._base, pictures)
         save_grid(
@@ -85,7 +97,7 @@ class Probe:
                 [side.pixels[p, s].numpy() for s in shown for side in sides]
                 for p in range(len(self._prompts))
             ],
-            row_labels=[prompt.text for prompt in self._prompts],
+            row_labels=captions,
             column_labels=["base", f"step {step}"] * len(shown),
             gap_before=range(2, 2 * len(shown), 2),
         )
@@ -96,22 +108,44 @@ class Probe:
         Raises:
             RewardError: a reward broke its contract.
         """
+        return {
+            name: float(np.nanmean(scores))
+            for name, scores in self.scores(step).items()
+            if np.isfinite(scores).any()
+        }
+
+    def infos(self) -> dict[str, RewardInfo]:
+        """What each reward says of itself, by its name."""
+        return {name: reward.info for name, reward in self._rewards.items()}
+
+    def scores(self, step: int) -> dict[str, Floats]:
+        """Float64 [P, S] by reward: every picture of `step`, NaN where it could not be scored.
+
+        Entry [p, s] has the same prompt and the same noise at every step, so that the difference
+        of two steps is a paired one. Scored when first asked for.
+
+        Raises:
+            RewardError: a reward broke its contract.
+        """
         if not self._rewards:
             return {}
-        pictures = self._pictures(step)
-        means = {}
-        for name, reward in self._rewards.items():
-            scores = score_pictures(
-                reward,
-                name,
-                pictures,
-                self._prompts,
-                device=self._policy.device,
-                batch_size=self._sampling.batch_size,
-            )[name]
-            if np.isfinite(scores).any():
-                means[name] = float(np.nanmean(scores))
-        return means
+        if self._scored is None or self._scored[0] != step:
+            pictures = self._pictures(step)
+            self._scored = (
+                step,
+                {
+                    name: score_pictures(
+                        reward,
+                        name,
+                        pictures,
+                        self._prompts,
+                        device=self._policy.device,
+                        batch_size=self._sampling.batch_size,
+                    )[name]
+                    for name, reward in self._rewards.items()
+                },
+            )
+        return self._scored[1]
 
     def _pictures(self, step: int) -> Pictures:
         """The pictures of `step`, drawn when first asked for."""

@@ -83,6 +83,7 @@ def test_every_setting_of_sampling_is_the_one_that_was_asked_for(
             "flow_kind": "cps",
             "noise_level": 0.3,
             "reduction": "mean",
+            "keep": "all",
             "batch_size": 2,
         }
 

@@ -96,7 +96,7 @@ def test_an_iteration_is_repeated_exactly_and_another_differs(toy: ModuleType) -
 
 def test_prompts_come_once_each_before_any_comes_twice(toy: ModuleType) -> None:
     ddpo = make(toy)
-    dealt = [item.prompt.text for i in range(5) for item in ddpo._plan.items(i)[::3]]
+    dealt = [item.prompt.text for i in range(5) for item in ddpo._online.plan.items(i)[::3]]
     assert len(dealt) == 20
     for start in range(0, 20, 5):
         assert sorted(dealt[start : start + 5]) == sorted(PROMPTS)

@@ -39,7 +39,8 @@ def test_step_zero_is_the_base_and_later_steps_share_its_noise(
     assert all(torch.equal(noise, policy.start_noise[0]) for noise in policy.start_noise)
     assert policy.references == ["start"]  # the base is drawn once
     written = sorted(path.name for path in (tmp_path / "10").iterdir())
-    assert written == ["grid.png", *(f"p{p:04d}_s{s:02d}.png" for p in range(3) for s in range(2))]
+    pictures = [f"p{p:04d}_s{s:02d}.png" for p in range(3) for s in range(2)]
+    assert written == ["grid.png", *pictures, "prompts.jsonl"]
 
 
 def test_the_grid_shows_the_base_beside_every_step(fake_policy: Any, tmp_path: Path) -> None:
@@ -70,6 +71,35 @@ def test_held_out_scores_are_means_of_the_drawn_pictures(
     files = [pixels(path) / 255 for path in tmp_path.glob("p*.png")]
     assert scores == {"light": pytest.approx(np.mean(files), abs=1e-6)}
     assert set(probe.heldout(1)) == {"light"}
+
+
+def test_every_picture_has_its_score_and_is_scored_once_a_step(
+    fake_policy: Any, brightness: Any, tmp_path: Path
+) -> None:
+    reward = brightness()
+    probe = Probe(fake_policy(shift=0.3), PROMPTS, rewards={"light": reward}, options=OPTIONS)
+    probe.samples(4, tmp_path)
+    scores = probe.scores(4)["light"]
+    assert scores.shape == (3, 2) and scores.dtype == np.float64
+    for p, s in np.ndindex(3, 2):
+        drawn = pixels(tmp_path / f"p{p:04d}_s{s:02d}.png") / 255
+        assert scores[p, s] == pytest.approx(drawn.mean(), abs=1e-6)
+    calls = len(reward.calls)
+    assert probe.heldout(4) == {"light": pytest.approx(scores.mean())}
+    assert len(reward.calls) == calls
+    probe.heldout(5)
+    assert len(reward.calls) > calls
+
+
+def test_looks_at_an_unchanged_model_differ_by_nothing(fake_policy: Any, brightness: Any) -> None:
+    """What makes the held-out guard's differences paired ones."""
+    policy = fake_policy(shift=0.1)
+    probe = Probe(policy, PROMPTS, rewards={"light": brightness()}, options=OPTIONS)
+    first = probe.scores(0)["light"]
+    policy.shift = 0.2
+    assert (probe.scores(5)["light"] != first).all()
+    policy.shift = 0.1
+    assert np.array_equal(probe.scores(10)["light"], first)
 
 
 def test_without_rewards_or_scores_there_is_nothing_to_log(

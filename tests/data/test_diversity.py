@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from diffusion_align.evaluation.diversity import diversity, feature_diversity, pixel_diversity
+from diffusion_align.data.diversity import diversity, feature_diversity, pixel_diversity
 
 
 def test_pixel_distance_is_the_mean_rms_of_all_pairs() -> None:
