@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_EXPORTS = {"train": "loop", "TrainResult": "result", "TrainOptions": "options"}
+_EXPORTS = {
+    "GuardOptions": "guard_options",
+    "TrainOptions": "options",
+    "TrainResult": "result",
+    "train": "loop",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_align.errors import UserError
+from diffusion_align.training.disk import flush, writing
 
 FORMAT = 1
-_PREFIX, _TEMPORARY, _ASIDE = "step_", ".writing-", "damaged-"
+_PREFIX, _ASIDE = "step_", "damaged-"
+_TEMPORARY, _REPLACED, _DELETING = ".writing-", ".replaced-", ".deleting-"
+_FILES = ("parameters.safetensors", "state.pt", "meta.json")
 
 
 @dataclass(frozen=True)
@@ -57,8 +61,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """
     target = checkpoint_path(folder, checkpoint.step)
     write_atomically(target, lambda place: _write(place, checkpoint))
-    for old in sorted(_existing(folder), reverse=True)[max(keep, 1) :]:
-        shutil.rmtree(checkpoint_path(folder, old), ignore_errors=True)
+    for old in sorted(checkpoint_steps(folder), reverse=True)[max(keep, 1) :]:
+        # Out of sight first: a crash while its files are deleted leaves no half checkpoint.
+        path = checkpoint_path(folder, old)
+        doomed = path.with_name(f"{_DELETING}{path.name}")
+        with suppress(OSError):
+            os.rename(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
     return target
 
 
@@ -81,34 +90,32 @@ def write_atomically(
         UserError: the disk is full or cannot be written.
     """
     temporary = target.parent / f"{_TEMPORARY}{target.name}"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        for path in [*temporary.rglob("*"), temporary]:
-            _flush(path)
-        if target.exists():
-            kept = keep_as(temporary)
-            if kept == target:
-                shutil.rmtree(temporary, ignore_errors=True)
-                return
-            replaced = kept or target.parent / f".replaced-{target.name}"
-            if kept is None:
-                shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(target, replaced)
-            os.rename(temporary, target)
-            if kept is None:
-                shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.rename(temporary, target)
-        _flush(target.parent)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"could not be written ({error.strerror or error})",
-            where=str(target),
-            fix="free space or choose another output; checkpoints made before are intact",
-        ) from error
+    replaced = target.parent / f"{_REPLACED}{target.name}"
+    with writing(target):
+        try:
+            _finish_replacing(replaced)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write(temporary)
+            for path in [*temporary.rglob("*"), temporary]:
+                flush(path)
+            if target.exists():
+                kept = keep_as(temporary)
+                if kept == target:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                    return
+                os.rename(target, kept or replaced)
+                os.rename(temporary, target)
+                if kept is None:
+                    shutil.rmtree(replaced, ignore_errors=True)
+            else:
+                os.rename(temporary, target)
+            flush(target.parent)
+        except Exception:
+            shutil.rmtree(temporary, ignore_errors=True)
+            with suppress(OSError):
+                _finish_replacing(replaced)
+            raise
 
 
 def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -121,9 +128,11 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         UserError: there are checkpoints and all of them are damaged.
     """
     if folder.exists():
-        for leftover in folder.glob(f"{_TEMPORARY}*"):
+        for leftover in [*folder.glob(f"{_TEMPORARY}*"), *folder.glob(f"{_DELETING}*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-    found = sorted(_existing(folder), reverse=True)
+        for leftover in folder.glob(f"{_REPLACED}*"):
+            _finish_replacing(leftover)
+    found = sorted(checkpoint_steps(folder), reverse=True)
     faults: list[str] = []
     for step in found:
         path = checkpoint_path(folder, step)
@@ -132,7 +141,8 @@ def load_newest(folder: Path, say: Callable[[str], None]) -> Checkpoint | None:
         except DamagedCheckpoint as damage:
             faults.append(str(damage))
             say(f"{damage}; looking for an older checkpoint")
-            os.rename(path, _free(folder / f"{_ASIDE}{path.name}"))
+            with writing(path):
+                os.rename(path, _free(folder / f"{_ASIDE}{path.name}"))
     if faults:
         raise UserError(
             "no checkpoint of this run is sound",
@@ -149,11 +159,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: naming the file that is missing or altered.
     """
     manifest = _read_json(path / "manifest.json")
-    for name, expected in manifest.items():
+    for name in _FILES:
         file = path / name
         if not file.is_file():
             raise DamagedCheckpoint(f"{file}: missing")
-        if _sha256(file) != expected:
+        try:
+            found = _sha256(file)
+        except OSError as error:
+            raise DamagedCheckpoint(f"{file}: cannot be read ({error.strerror})") from None
+        if found != manifest.get(name):
             raise DamagedCheckpoint(f"{file}: damaged (its sha256 is not that of the manifest)")
     meta = _read_json(path / "meta.json")
     if meta.get("format") != FORMAT:
@@ -185,12 +199,20 @@ def _write(place: Path, checkpoint: Checkpoint) -> None:
         "algorithm": checkpoint.algorithm,
     }
     (place / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-    names = ("parameters.safetensors", "state.pt", "meta.json")
-    manifest = {name: _sha256(place / name) for name in names}
+    manifest = {name: _sha256(place / name) for name in _FILES}
     (place / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
-def _existing(folder: Path) -> list[int]:
+def _finish_replacing(replaced: Path) -> None:
+    """End what a crash between two renames left: what was there is back, or is deleted."""
+    target = replaced.with_name(replaced.name[len(_REPLACED) :])
+    if replaced.exists() and not target.exists():
+        os.rename(replaced, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints that are visible in `folder`, in no order, sound or not."""
     names = [path.name for path in folder.glob(f"{_PREFIX}*")] if folder.exists() else []
     return [int(name[len(_PREFIX) :]) for name in names if name[len(_PREFIX) :].isdecimal()]
 
@@ -221,14 +243,3 @@ def _sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder; folders cannot be opened on Windows, where rename is enough."""
-    if path.is_dir() and os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

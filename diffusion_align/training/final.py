@@ -1,7 +1,8 @@
 """The folder `final/`: the tuned weights, and whatever was put beside them later (a report).
 
 Weights are replaced as a whole. What lies beside earlier ones belongs to these: it is neither kept
-with other weights nor deleted, but moved aside together with them.
+with other weights nor deleted, but moved aside together with them. What is made from the weights
+(the ComfyUI layout, a model card that nobody edited) is made again and takes no part in this.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from diffusion_align.publish.contents import COMFYUI_FILE
+from diffusion_align.publish.signature import CARD_FILE, is_untouched
 from diffusion_align.training.checkpoint import write_atomically
 
 
@@ -31,13 +34,17 @@ def write_final(target: Path, save: Callable[[Path], Any], say: Callable[[str], 
         names = _files(written)
         if all(_same(target / name, written / name) for name in names):
             return target
-        if _files(target) <= names:
+        if _files(target) - _derived(target) <= names:
             return None
         aside = _free(target)
-        say(f"{target} held a comparison of earlier weights: it is {aside} now")
+        say(f"{target} held a comparison or a card of earlier weights: it is {aside} now")
         return aside
 
     write_atomically(target, save, keep_as=keep_as)
+
+
+def _derived(folder: Path) -> set[str]:
+    return {COMFYUI_FILE, *([CARD_FILE] if is_untouched(folder / CARD_FILE) else [])}
 
 
 def _files(folder: Path) -> set[str]:

@@ -12,18 +12,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_align.algorithms.base import Algorithm
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.console import Console, Reporter
+from diffusion_align.reporting.console import Console, Quiet, Reporter
 from diffusion_align.training import random_state
+from diffusion_align.training.best import BestWeights
 from diffusion_align.training.checkpoint import (
     Checkpoint,
     checkpoint_path,
+    checkpoint_steps,
+    load_checkpoint,
     load_newest,
     save_checkpoint,
 )
+from diffusion_align.training.distribution import Attentive, Processes, check_equal, meet
+from diffusion_align.training.exactness import reservations
 from diffusion_align.training.final import write_final
-from diffusion_align.training.guards import Guards
+from diffusion_align.training.guard_options import GuardOptions
+from diffusion_align.training.guards.alarm import GuardStop
+from diffusion_align.training.guards.drift import Clip
+from diffusion_align.training.guards.watch import Guards, NotFinite
 from diffusion_align.training.interrupt import Interrupted, Interruption
 from diffusion_align.training.means import Means
 from diffusion_align.training.options import TrainOptions
@@ -32,6 +42,7 @@ from diffusion_align.training.record import Recorder
 from diffusion_align.training.result import TrainResult
 from diffusion_align.training.run_folder import (
     RunFolder,
+    check_record,
     open_run_folder,
     write_environment,
     write_record,
@@ -50,6 +61,7 @@ def train(
     seed: int = 0,
     reporter: Reporter | None = None,
     probe: Probe | None = None,
+    guards: GuardOptions | None = None,
 ) -> TrainResult:
     """Train until `steps` optimiser updates are done; the model is in ``<output>/final``.
 
@@ -61,6 +73,7 @@ def train(
         seed: of the global generators within this call (dropout); ours are the algorithm's.
         reporter: the console by default; `reporting.console.Quiet()` for none.
         probe: sample pictures and held-out scores at step 0, every `sample_every` and at the end.
+        guards: what is watched while it runs, and what is done about it (docs/guards.md).
 
     Raises:
         UserError: options that do not fit, an occupied folder, damaged checkpoints, a guard.
@@ -69,31 +82,48 @@ def train(
     options = options if steps is None else replace(options, steps=steps)
     options.check_accumulation(algorithm.minibatch_count(), algorithm.minibatch_arithmetic())
     name = type(algorithm).__name__.lower()
-    folder = open_run_folder(output, name=name, resume=resume, new=new)
-    reporter = reporter or Console()
     with ExitStack() as stack:
+        on_cpu = torch.device(algorithm.policy.device).type == "cpu"
+        group = meet(on_cpu=on_cpu, lockstep=options.distribution == "fsdp2")
+        stack.enter_context(group.as_one())
+        folder = group.on_main(lambda: open_run_folder(output, name=name, resume=resume, new=new))
+        # The others are silent; they look at the model only where the main one cannot alone.
+        reporter = (reporter or Console()) if group.is_main else Quiet()
+        probe = probe if group.is_main or group.lockstep else None
         stack.callback(reporter.close)
-        stack.enter_context(random_state.borrowed(seed))
-        machinery = stack.enter_context(Machinery(algorithm, options))
-        recorder = Recorder(folder, options, reporter, probe)
+        stack.enter_context(random_state.borrowed(seed + group.rank))
+        machinery = stack.enter_context(Machinery(algorithm, options, group))
+        algorithm.group = group
+        recorder = Recorder(folder, options, reporter, probe, writes=group.is_main)
+        recorder.looking = machinery.averaged
         stack.callback(recorder.close)
-        algorithm.listener = recorder.clock
-        run = _Run(algorithm, options, folder, machinery, recorder)
+        algorithm.listener = Attentive(recorder.clock, group)
+        run = _Run(algorithm, options, folder, machinery, recorder, guards, group)
         if resume:
-            run.restore(reporter.message)
-        write_environment(folder, str(machinery.device))
-        write_record(folder, name, algorithm.record())
+            check_record(folder, algorithm.record())
+            run.restore(reporter.message, probe)
+        if group.is_main:
+            write_environment(folder, str(machinery.device), group.size)
+            write_record(folder, name, algorithm.record())
         interruption = stack.enter_context(Interruption(reporter.message))
         lines = [*algorithm.describe(), *machinery.notes, *run.remainder()]
-        recorder.start(begun := run.step, run.seconds, lines)
+        recorder.start(run.step, run.seconds, lines, run.tracker_ids)
         run.iterate(interruption)
-        if run.step > begun or not folder.final.exists():
-            write_final(folder.final, algorithm.policy.save, reporter.message)
+        if machinery.average is not None:
+            machinery.average.adopt()  # checkpoints hold both; the policy is what final/ is
+        # Also where nothing was left to train: a crash may have left an earlier stop's weights.
+        with machinery.savable():
+            if group.is_main:
+                write_final(folder.final, algorithm.policy.save, reporter.message)
+        group.wait()
         word = "stopped" if interruption.requested else "done"
         reporter.message(f"{word} at step {run.step}: {folder.final}")
         return TrainResult(
             folder.path, run.step, run.iteration, recorder.row, interruption.requested
         )
+
+
+_Before = tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]
 
 
 class _Run:
@@ -106,41 +136,105 @@ class _Run:
         folder: RunFolder,
         machinery: Machinery,
         recorder: Recorder,
+        guards: GuardOptions | None = None,
+        group: Processes | None = None,
     ) -> None:
+        self.group = group or Processes()
         self.algorithm, self.options, self.folder = algorithm, options, folder
         self.machinery, self.recorder = machinery, recorder
-        self.guards = Guards(scaled=machinery.scaled)
+        self.guards = Guards(
+            guards,
+            say=recorder.clock.message,
+            scaled=machinery.scaled,
+            clip=Clip.of(algorithm),
+            trained_on=algorithm.record().get("trained_on", ()),
+        )
+        self.best = BestWeights(folder.path / "best")
+        recorder.on_look = self._looked
         self.per_iteration = algorithm.minibatch_count() // options.accumulation
+        self.updated = False  # in this sitting
         self.step = self.iteration = 0
         self.seconds = 0.0
+        self.tracker_ids: dict[str, str] = {}  # of the runs that trackers keep elsewhere
         self.saved_at = -1
 
     def iterate(self, interruption: Interruption) -> None:
         """Iterations until all steps are done or the run is interrupted; checkpoints between."""
-        while self.step < self.options.steps and not interruption.requested:
+        while self._goes_on(interruption):
             if self.options.steps - self.step < self.per_iteration:
                 self._save_once()  # the coming iteration will end early, where nothing can be saved
-            algorithm_before, random_before = self.algorithm.state_dict(), random_state.capture()
+            before = self._before()
             try:
-                with interruption.droppable():
+                # In a group another rank may be elsewhere: there the iteration is finished.
+                with interruption.droppable() if self.group.size == 1 else nullcontext():
                     batch = self.algorithm.collect(self.iteration)
-                self.guards.rewards(batch.metrics)
+                self.guards.collected(batch.metrics, self.iteration)
             except (Interrupted, Exception) as error:
                 # Nothing was learnt from it, and it can be made again: as if it had not begun.
-                self.algorithm.load_state_dict(algorithm_before)
-                random_state.restore(random_before)
+                self._rewind(before, error)
                 if isinstance(error, Interrupted):
                     break
-                self._rescue()
+                # Shards can be made whole only where all ranks fail at one place, as by a guard.
+                savable = not self.group.lockstep or isinstance(error, GuardStop)
+                self.group.fail(error, unsaved=savable)
+                if savable:
+                    self._rescue(before[-1])
                 raise
-            if not self._learn(batch):
-                return
+            begun = self.step
+            try:
+                if not self._learn(batch):
+                    return
+            except GuardStop as error:
+                if self.step == begun:  # no update was made: the iteration can be repeated whole
+                    self._rewind(before, error)
+                    self._rescue()
+                raise
             self.iteration += 1
+            self._check_updates()
             every = self.options.checkpoint_every
             if every and self.iteration % every == 0:
                 self._save()
         if self.saved_at != self.step:
             self._save()
+
+    def _goes_on(self, interruption: Interruption) -> bool:
+        """Whether another iteration begins. All ranks decide alike, whoever was told to end."""
+        reasons = torch.tensor([[interruption.requested, self.guards.ending is not None]])
+        requested, ending = self.group.gather(reasons).any(dim=0).tolist()
+        interruption.requested = requested
+        return self.step < self.options.steps and not requested and not ending
+
+    def _before(self) -> _Before:
+        """What an iteration changes before its first update; random states of all ranks."""
+        random = self.group.exchange(random_state.capture())
+        return self.algorithm.state_dict(), self.guards.state_dict(), random
+
+    def _rewind(self, before: _Before, error: BaseException) -> None:
+        """As if the iteration had not begun; a guard that ended it may count anew."""
+        algorithm, guards, randoms = before
+        random = randoms[self.group.rank]
+        self.algorithm.load_state_dict(algorithm)
+        self.guards.load_state_dict(guards)
+        self.guards.forgive(error)
+        random_state.restore(random)
+
+    def _check_updates(self) -> None:
+        """What guards say at the end of an iteration; unless it is lost, it is saved first."""
+        try:
+            self.guards.updated(self.machinery.named_parameters(), self.step)
+        except NotFinite:
+            raise
+        except GuardStop:
+            self._rescue()
+            raise
+
+    def _looked(self, step: int, scores: Mapping[str, Any]) -> None:
+        if self.group.lockstep:  # all have looked, and a score need not be the same on all
+            scores = self.group.exchange(scores)[0]
+        if self.guards.looked(step, scores):
+            with self.machinery.savable():
+                if self.group.is_main:
+                    self.best.keep(step, self.algorithm.policy.save)
 
     def remainder(self) -> list[str]:
         """What to say where the last step falls inside an iteration."""
@@ -154,16 +248,16 @@ class _Run:
             f"iteration (train.steps={' or '.join(map(str, near))} wastes none)"
         ]
 
-    def _save_once(self) -> None:
+    def _save_once(self, randoms: list[dict[str, Any]] | None = None) -> None:
         """A checkpoint of what was learnt so far, where there is none yet."""
         if self.step > 0 and self.saved_at != self.step:
-            self._save()
+            self._save(randoms)
 
-    def _rescue(self) -> None:
+    def _rescue(self, randoms: list[dict[str, Any]] | None = None) -> None:
         """Save before an error ends the run; the error itself matters more than a failed save."""
         say = self.recorder.clock.message
         try:
-            self._save_once()
+            self._save_once(randoms)
         except UserError as error:
             say(f"the run stops, and its last steps could not be saved: {error}")
             return
@@ -202,45 +296,97 @@ class _Run:
                 means.add(metrics)
             if next(losses, None) is not None:
                 raise RuntimeError("losses yielded more than loss_count said")
-        norm, measured, trained = self.machinery.clip(), means.take(), self.machinery.parameters
+        norm, measured = self.machinery.clip(), self.group.mean(means.take())
+        trained = self.machinery.named_parameters()
         self.guards.gradient(norm, measured, batch_metrics, trained, self.step + 1)
         self.machinery.update(self.step)
+        if not self.updated:
+            check_equal(self.group, trained)
+            self.updated = True
         self.step += 1
         numbers = {
             **batch_metrics,
             **measured,
             "train/gradient_norm": norm,
             **self.machinery.readings(),
+            **self.guards.readings(),
         }
         self.recorder.step(self.step, self.iteration, numbers)
 
-    def _save(self) -> None:
+    def _save(self, randoms: list[dict[str, Any]] | None = None) -> None:
+        """Write a checkpoint. Random states of all ranks are asked for where none are given."""
+        randoms = randoms or self.group.exchange(random_state.capture())
+        parameters, state = self.machinery.whole_parameters(), self.machinery.state_dict()
+        self.saved_at = self.step
+        if not self.group.is_main:
+            return
+        self.folder.flush()
         checkpoint = Checkpoint(
             step=self.step,
             iteration=self.iteration,
             seconds=self.recorder.seconds(),
             algorithm=type(self.algorithm).__name__,
-            parameters=self.machinery.named_parameters(),
+            parameters=parameters,
             state={
                 "algorithm": self.algorithm.state_dict(),
-                "random": random_state.capture(),
-                **self.machinery.state_dict(),
+                "guards": self.guards.state_dict(),
+                "random": randoms[0],
+                "random_of_others": randoms[1:],
+                "trackers": self.recorder.tracker_ids,
+                **state,
             },
         )
+        self.saved_at = -1  # until it is
         save_checkpoint(self.folder.checkpoints, checkpoint, keep=self.options.keep_checkpoints)
         self.saved_at = self.step
+        self._settle_best()
 
-    def restore(self, say: Callable[[str], None]) -> None:
+    def _settle_best(self) -> None:
+        """Drop the best weights that none of the kept checkpoints knows."""
+        steps = sorted(checkpoint_steps(self.folder.checkpoints))
+        self.best.settle(steps[-max(self.options.keep_checkpoints, 1) :])
+
+    def restore(self, say: Callable[[str], None], probe: Probe | None = None) -> None:
         """Continue from the newest sound checkpoint, or from the beginning where there is none."""
-        checkpoint = load_newest(self.folder.checkpoints, say)
+        checkpoint = self._newest(say)
         if checkpoint is None:
-            self.folder.cut(-1)
+            self._cut(-1)
             say("no checkpoint was made yet: beginning at step 0")
             return
         self.machinery.load(checkpoint, type(self.algorithm).__name__)
         self.algorithm.load_state_dict(checkpoint.state["algorithm"])
-        random_state.restore(checkpoint.state["random"])
+        self.tracker_ids = dict(checkpoint.state.get("trackers", {}))
+        if (watched := checkpoint.state.get("guards")) is not None:
+            self.guards.load_state_dict(watched)
+        lost = self._restore_random(checkpoint.state)
         self.step, self.iteration = checkpoint.step, checkpoint.iteration
         self.seconds, self.saved_at = checkpoint.seconds, checkpoint.step
-        self.folder.cut(self.step)
+        self._cut(self.step)
         say(f"resumed at step {self.step}, iteration {self.iteration}")
+        device, size = str(self.machinery.device), self.group.size
+        for line in reservations(
+            self.algorithm, self.folder, lost, device=device, processes=size, probe=probe
+        ):
+            say(line)
+
+    def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
+        """The main process chooses, and sets damaged ones aside; the others read the same."""
+        place = self.folder.checkpoints
+        chosen = load_newest(place, say) if self.group.is_main else None
+        step = self.group.exchange(chosen.step if chosen else None)[0]
+        if self.group.is_main or step is None:
+            return chosen
+        return load_checkpoint(checkpoint_path(place, step))
+
+    def _cut(self, step: int) -> None:
+        """Forget what is past `step`; nobody goes on before it is gone."""
+        if self.group.is_main:
+            self.folder.cut(step)
+            self.best.cut(step)
+            self._settle_best()
+        self.group.wait()
+
+    def _restore_random(self, state: Mapping[str, Any]) -> Any:
+        """This rank's random states, where there was such a rank; what could not be restored."""
+        known = [state["random"], *state.get("random_of_others", [])]
+        return random_state.restore(known[self.group.rank]) if self.group.rank < len(known) else []

@@ -31,6 +31,21 @@ class TrainOptions:
     adam_beta1: float = field(default=0.9, metadata={"doc": "AdamW beta 1"})
     adam_beta2: float = field(default=0.999, metadata={"doc": "AdamW beta 2"})
     adam_epsilon: float = field(default=1e-8, metadata={"doc": "AdamW epsilon"})
+    optimizer: Literal["adamw", "adamw8bit"] = field(
+        default="adamw",
+        metadata={
+            "doc": "adamw8bit keeps the moments in 8 bits (2 bytes per weight instead of 8); needs "
+            "CUDA and bitsandbytes"
+        },
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata={
+            "doc": "held-out scores, sample pictures and final/ use a running average of the "
+            "weights that keeps this share of itself at each update of it; 0 turns it off"
+        },
+    )
+    ema_every: int = field(default=1, metadata={"doc": "steps between updates of that average"})
     max_grad_norm: float = field(
         default=1.0, metadata={"doc": "the gradient's norm is clipped to this; 0 = never"}
     )
@@ -42,6 +57,13 @@ class TrainOptions:
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = field(
         default="no", metadata={"doc": "autocast of the network; losses stay in float32"}
+    )
+    distribution: Literal["ddp", "fsdp2"] = field(
+        default="ddp",
+        metadata={
+            "doc": "of several processes: ddp keeps the whole network on each, fsdp2 a shard of "
+            "its weights, gradients and moments; of no meaning to one (docs/scaling.md)"
+        },
     )
     checkpoint_every: int = field(
         default=10, metadata={"doc": "iterations between checkpoints; 0 = only at the end"}
@@ -57,7 +79,7 @@ class TrainOptions:
         },
     )
     log_every: int = field(default=1, metadata={"doc": "steps between rows of metrics.jsonl"})
-    trackers: tuple[Literal["tensorboard", "wandb"], ...] = field(
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = field(
         default=(), metadata={"doc": "trackers beside metrics.jsonl, which is always written"}
     )
 
@@ -68,6 +90,28 @@ class TrainOptions:
         at_least(self, 0, "warmup_steps")
         positive(self, "learning_rate", "adam_epsilon")
         require(self, "lie in [0, 1)", lambda beta: 0 <= beta < 1, "adam_beta1", "adam_beta2")
+        require(self, "lie in [0, 1)", lambda decay: 0 <= decay < 1, "ema_decay")
+        at_least(self, 1, "ema_every")
+        self._check_distribution()
+
+    def _check_distribution(self) -> None:
+        if self.distribution == "ddp":
+            return
+        if self.mixed_precision == "fp16":
+            raise OptionError(
+                "distribution",
+                "fsdp2 has no gradient scaler, which fp16 needs",
+                fix="set train.mixed_precision=bf16, or train.distribution=ddp",
+                reads=("mixed_precision",),
+            )
+        if self.optimizer == "adamw8bit":
+            raise OptionError(
+                "distribution",
+                "fsdp2 cannot shard the moments of adamw8bit",
+                fix="set train.optimizer=adamw, whose moments fsdp2 shards, or "
+                "train.distribution=ddp",
+                reads=("optimizer",),
+            )
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of update number `step`, from 0: a function of it and of the options.

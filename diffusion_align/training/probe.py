@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from diffusion_align.evaluation.statistics import Floats
 
 
 class Probe(Protocol):
@@ -16,4 +19,22 @@ class Probe(Protocol):
 
     def heldout(self, step: int) -> Mapping[str, float]:
         """Scores by name, for example ``{"taste": 0.41}``; empty where there are none."""
+        ...
+
+
+@runtime_checkable
+class ScoredProbe(Probe, Protocol):
+    """A probe that also knows the score of every picture: what the held-out guard compares."""
+
+    def scores(self, step: int) -> Mapping[str, Floats]:
+        """Float64 [P, S] by reward, NaN where there is none; the same pictures at every step."""
+        ...
+
+
+@runtime_checkable
+class InformedProbe(Probe, Protocol):
+    """A probe that knows what its rewards say of themselves."""
+
+    def infos(self) -> Mapping[str, Any]:
+        """The `RewardInfo` of each, by the names of `heldout`."""
         ...

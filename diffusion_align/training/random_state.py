@@ -41,12 +41,16 @@ def capture() -> dict[str, Any]:
     }
 
 
-def restore(state: Mapping[str, Any]) -> None:
-    """Put back what `capture` returned."""
+def restore(state: Mapping[str, Any]) -> list[str]:
+    """Put back what `capture` returned; what could not be, in words."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(state["cuda"]) != here:
+        return [f"random state of {len(state['cuda'])} CUDA devices was kept, here are {here}"]
+    if here:
         torch.cuda.set_rng_state_all(state["cuda"])
+    return []

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.errors import UserError
+from diffusion_align.reporting.redaction import redact_value
+from diffusion_align.training.disk import flush, writing
 
+_ENVIRONMENT = "env.json"
 _RECORDED = (
     "diffusion-align",
     "torch",
@@ -63,25 +66,33 @@ class RunFolder:
         """The rows of metrics.jsonl; a last line cut short by a crash is left out."""
         if not self.metrics.exists():
             return []
-        rows = []
-        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+        rows: list[dict[str, Any]] = []
+        for line in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                rows.append(json.loads(line))
+                row = json.loads(line)
             except json.JSONDecodeError:
                 break
+            if not isinstance(row, dict) or "step" not in row:
+                break
+            rows.append(row)
         return rows
+
+    def flush(self) -> None:
+        """Bring the metrics written so far to the disk, so that no checkpoint outlives its rows."""
+        if self.metrics.exists():
+            with writing(self.metrics):
+                flush(self.metrics)
 
     def cut(self, step: int) -> None:
         """Forget metrics and samples past `step`: the resumed run makes them again."""
         if self.metrics.exists():
             kept = [row for row in self.rows() if row["step"] <= step]
             text = "".join(json.dumps(row) + "\n" for row in kept)
-            temporary = self.metrics.with_suffix(".tmp")
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, self.metrics)
+            _replace(self.metrics, text)
         for folder in (self.path / "samples").glob("step_*"):
             if folder.name[5:].isdecimal() and int(folder.name[5:]) > step:
-                shutil.rmtree(folder)
+                with writing(folder):
+                    shutil.rmtree(folder)
 
 
 def open_run_folder(
@@ -118,7 +129,8 @@ def open_run_folder(
         if not new:
             raise _occupied(folder)
         aside = _free(folder.path.parent, f"{folder.path.name}.old-{{}}")
-        os.replace(folder.path, aside)
+        with writing(folder.path):
+            os.replace(folder.path, aside)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         (folder.path / "samples").mkdir(exist_ok=True)
@@ -153,22 +165,46 @@ def _occupied(folder: RunFolder) -> UserError:
     )
 
 
-def write_environment(folder: RunFolder, device: str) -> None:
-    """env.json: versions and machine, nothing from the process's environment."""
+def environment(device: str, processes: int = 1) -> dict[str, Any]:
+    """Versions and machine, nothing from the process's environment. device: the main one's."""
+    import torch
+
     versions: dict[str, str | None] = {}
     for package in _RECORDED:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = None
-    content = {
+    return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "device": device,
+        "processes": processes,
         "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
         "packages": versions,
     }
-    (folder.path / "env.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_environment(folder: RunFolder, device: str, processes: int = 1) -> None:
+    """env.json: what `environment` tells."""
+    content = redact_value(environment(device, processes))
+    _replace(folder.path / _ENVIRONMENT, json.dumps(content, indent=2) + "\n")
+
+
+def changed_environment(folder: RunFolder, device: str, processes: int = 1) -> list[str]:
+    """`what: old -> new` of everything in env.json that may change the last bits of a number."""
+    before, now = _read(folder.path / _ENVIRONMENT), environment(device, processes)
+    for content in (before, now):  # which device of a kind it is changes nothing
+        content["device"] = str(content.get("device", "")).partition(":")[0] or None
+    then = before.pop("packages", {})
+    compared = ("python", "device", "processes", "threads")
+    pairs = {name: (before.get(name), now[name]) for name in compared}
+    if isinstance(then, dict):
+        pairs |= {name: (then.get(name), found) for name, found in now["packages"].items()}
+    return [
+        f"{name}: {old} -> {new}" for name, (old, new) in pairs.items() if old not in (None, new)
+    ]
 
 
 def write_record(folder: RunFolder, algorithm: str, record: Mapping[str, Any]) -> None:
@@ -176,7 +212,40 @@ def write_record(folder: RunFolder, algorithm: str, record: Mapping[str, Any]) -
 
     It is what a comparison needs to know of a run, also of one that was made without a config.
     """
-    text = json.dumps({"algorithm": algorithm, **record}, indent=2, ensure_ascii=False)
-    temporary = folder.record.with_suffix(".tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, folder.record)
+    content = redact_value({"algorithm": algorithm, **record})
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    _replace(folder.record, text + "\n")
+
+
+def check_record(folder: RunFolder, record: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that learnt from something else, config or no config.
+
+    Raises:
+        UserError: run.json names other rewards, prompts or judgements.
+    """
+    before = _read(folder.record)
+    now = json.loads(json.dumps(redact_value(record)))  # as it would be read back
+    if changed := [name for name in before if name in now and before[name] != now[name]]:
+        raise UserError(
+            f"the run in this folder has another record: {', '.join(changed)}",
+            where=str(folder.record),
+            fix="resume with what it was begun with, or begin another run with new=True (--new)",
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing(path):
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        os.replace(temporary, path)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -62,7 +62,7 @@ def test_no_checkpoints_is_none(tmp_path: Path) -> None:
     assert newest(tmp_path / "missing") == (None, [])
 
 
-@pytest.mark.parametrize("victim", ["save_file", "torch.save", "_flush", "os.rename", "_sha256"])
+@pytest.mark.parametrize("victim", ["save_file", "torch.save", "flush", "os.rename", "_sha256"])
 @pytest.mark.parametrize("kill", [True, False])
 def test_a_crash_in_the_middle_of_a_save_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str, kill: bool
@@ -196,3 +196,61 @@ def test_every_file_is_on_the_disk_before_the_name_and_the_name_after(
     assert flushed == {str(writing), *(str(writing / name) for name in names(target))}
     if os.name == "posix":
         assert events[renamed + 1 :] == [("sync", str(tmp_path))]
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_crash_while_a_checkpoint_is_replaced_loses_neither(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: int
+) -> None:
+    """Killed before the first or the second rename: what was there, or what replaces it."""
+    save_checkpoint(tmp_path, make(2), keep=1)
+    plain, calls = os.rename, 0
+
+    class Killed(BaseException):
+        pass
+
+    def rename(source: Any, target: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == moment:
+            raise Killed
+        plain(source, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "rename", rename)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, make(2), keep=1)
+    found, said = newest(tmp_path)
+    assert found is not None and found.step == 2 and said == []
+    assert names(tmp_path) == ["step_000002"]
+
+
+@pytest.mark.parametrize("manifest", ["{}", '{"state.pt": 3}'])
+def test_a_manifest_that_names_too_little_is_damage(tmp_path: Path, manifest: str) -> None:
+    path = save_checkpoint(tmp_path, make(2), keep=2)
+    (path / "manifest.json").write_text(manifest, encoding="utf-8")
+    with pytest.raises(DamagedCheckpoint, match=r"parameters\.safetensors: damaged"):
+        load_checkpoint(path)
+
+
+def test_a_crash_while_an_old_checkpoint_is_deleted_leaves_no_half_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def half(path: Path, **options: Any) -> None:
+        if any(path.glob("*")):
+            (path / "manifest.json").unlink()
+            raise Killed
+
+    save_checkpoint(tmp_path, make(2), keep=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(module.shutil, "rmtree", half)
+        with pytest.raises(Killed):
+            save_checkpoint(tmp_path, make(4), keep=1)
+    visible = [path for path in tmp_path.iterdir() if path.name.startswith("step_")]
+    assert [load_checkpoint(path).step for path in visible] == [4]
+    found, said = newest(tmp_path)
+    assert found is not None and found.step == 4 and said == []
+    assert names(tmp_path) == ["step_000004"]
