@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from diffusion_align.algorithms.options import DDPOOptions
     from diffusion_align.algorithms.reward_options import RewardOptions
     from diffusion_align.algorithms.reward_training import RewardTraining
+    from diffusion_align.algorithms.rwr import RWR
+    from diffusion_align.algorithms.rwr_options import RWROptions
     from diffusion_align.errors import UserError
     from diffusion_align.evaluation.compare import compare
     from diffusion_align.policy import Policy
@@ -26,7 +28,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "DDPO": "diffusion_align.algorithms.ddpo",
     "DDPOOptions": "diffusion_align.algorithms.options",
+    "GuardOptions": "diffusion_align.training.guard_options",
     "Policy": "diffusion_align.policy",
+    "RWR": "diffusion_align.algorithms.rwr",
+    "RWROptions": "diffusion_align.algorithms.rwr_options",
     "RewardOptions": "diffusion_align.algorithms.reward_options",
     "RewardTraining": "diffusion_align.algorithms.reward_training",
     "SamplingOptions": "diffusion_align.sampling.options",
@@ -39,7 +44,10 @@ _HOMES = {
 __all__ = [
     "DDPO",
     "DDPOOptions",
+    "GuardOptions",
     "Policy",
+    "RWR",
+    "RWROptions",
     "RewardOptions",
     "RewardTraining",
     "SamplingOptions",

@@ -14,8 +14,10 @@ import typer
 from typer.core import TyperGroup
 
 from diffusion_align import __version__
-from diffusion_align.commands import doctor, listing, pictures, scoring, training
+from diffusion_align.commands import check, doctor, listing, pictures, publish, scoring, training
 from diffusion_align.errors import UserError
+from diffusion_align.reporting.redaction import redact
+from diffusion_align.reporting.streams import redact_standard_streams
 
 _DEBUG = "--debug"
 
@@ -33,7 +35,7 @@ class Guarded(TyperGroup):
         except Exception as error:
             if ctx.params.get("debug") or not _actionable(error):
                 raise
-            typer.echo(str(error), err=True)
+            typer.echo(redact(str(error)), err=True)
             raise typer.Exit(2) from None
 
 
@@ -77,9 +79,12 @@ def _options(
 _RUN, _LOOK = "Run", "Look up"
 app.command(rich_help_panel=_RUN)(training.demo)
 app.command(rich_help_panel=_RUN)(training.train)
+app.command(rich_help_panel=_RUN)(check.check)
 app.command(rich_help_panel=_RUN)(pictures.sample)
 app.command(rich_help_panel=_RUN)(scoring.score)
 app.command(rich_help_panel=_RUN)(pictures.compare)
+app.command(rich_help_panel=_RUN)(publish.merge)
+app.command(rich_help_panel=_RUN)(publish.push)
 app.command(rich_help_panel=_LOOK)(listing.rewards)
 app.command(rich_help_panel=_LOOK)(listing.models)
 app.command(rich_help_panel=_LOOK)(listing.algorithms)
@@ -106,6 +111,7 @@ _FORMAT_WARNING = warnings.formatwarning
 def main() -> None:
     """Entry point of the console script. `--debug` is understood anywhere on the line."""
     warnings.formatwarning = _format_warning
+    redact_standard_streams()
     arguments = sys.argv[1:]
     if _DEBUG in arguments:
         arguments = [_DEBUG, *(word for word in arguments if word != _DEBUG)]

@@ -16,15 +16,26 @@ PACKAGES = ("diffusion_align", "reward_models")
 
 # Our reading of the table in DESIGN section 2. A room may import itself, what is listed here, and
 # nothing else of ours; an entry admits everything below it. Every import counts: at the top, inside
-# a function, for types only. `errors` and `ranges` are leaves without imports of weight: any room
-# but `diffusion` may use them.
-LEAVES = ("diffusion_align.errors", "diffusion_align.ranges", "diffusion_align.tf32")
+# a function, for types only. `errors`, `ranges` and the redactor are leaves without imports of
+# weight: any room but `diffusion` may use them.
+LEAVES = (
+    "diffusion_align.errors",
+    "diffusion_align.ranges",
+    "diffusion_align.tf32",
+    "diffusion_align.reporting.redaction",
+)
 ALLOWED: dict[str, tuple[str, ...]] = {
     # torch only: pure tensor mathematics
     "diffusion_align.diffusion": (),
     "reward_models": (),
-    # media, and the small world's captions, which are the built-in prompt list of that name
-    "diffusion_align.data": ("reward_models.media", "reward_models.small_world"),
+    # media; the small world's captions, which are the built-in prompt list of that name; how a
+    # user's own code is imported
+    "diffusion_align.data": (
+        "reward_models.media",
+        "reward_models.small_world",
+        "reward_models.user_code",
+        "reward_models.base",
+    ),
     "diffusion_align.policy": ("diffusion_align.diffusion",),
     "diffusion_align.sampling": ("diffusion_align.diffusion", "diffusion_align.policy"),
     "diffusion_align.evaluation": (
@@ -60,6 +71,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diffusion_align.training": (
         "diffusion_align.algorithms.base",
         "diffusion_align.evaluation",
+        # which of the files beside the weights are made from them
+        "diffusion_align.publish.contents",
+        "diffusion_align.publish.signature",
         "diffusion_align.reporting",
     ),
     "diffusion_align.reporting": (),
@@ -67,6 +81,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     # names and options of the rooms, all of them without torch
     "diffusion_align.config": (
         "diffusion_align.algorithms.catalogue",
+        "diffusion_align.data.prompt_functions",
         "diffusion_align.data.prompts",
         "diffusion_align.policy.catalogue",
         "reward_models.catalogue",
@@ -76,6 +91,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffusion_align.evaluation.options",
         "diffusion_align.policy.options",
         "diffusion_align.sampling.options",
+        "diffusion_align.training.guard_options",
         "diffusion_align.training.options",
     ),
     "diffusion_align.errors": (),
@@ -85,6 +101,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "diffusion_align.assemble": PACKAGES,
     "diffusion_align.commands": PACKAGES,
     "diffusion_align.cli": PACKAGES,
+    "diffusion_align.__main__": PACKAGES,
     "diffusion_align": PACKAGES,
 }
 LEAFLESS = ("diffusion_align.diffusion", "reward_models")

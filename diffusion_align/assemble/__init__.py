@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         sample_pictures,
         score_pictures,
     )
+    from diffusion_align.assemble.publishing import merge_run, prepare_upload
     from diffusion_align.assemble.reward_run import TrainedReward, load_judgements, train_reward
     from diffusion_align.assemble.run import TrainedRun, compare_run, train_run
 
@@ -30,6 +31,8 @@ _HOMES = {
     "compare_pictures": "pictures",
     "compare_run": "run",
     "load_judgements": "reward_run",
+    "merge_run": "publishing",
+    "prepare_upload": "publishing",
     "load_policy": "loading",
     "load_rewards": "loading",
     "load_tuned": "loading",
@@ -49,6 +52,8 @@ __all__ = [
     "load_policy",
     "load_rewards",
     "load_tuned",
+    "merge_run",
+    "prepare_upload",
     "sample_pictures",
     "score_pictures",
     "train_reward",

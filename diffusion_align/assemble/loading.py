@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,60 @@ from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion_align.config import RunConfig
-    from diffusion_align.policy import Policy
+    from diffusion_align.policy import ModelOptions, Policy
     from diffusion_align.policy.tuned import Tuned
     from reward_models.base import Reward
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The policy that a config describes: LoRA, a LoRA that is continued, or the whole denoiser."""
+def _unsaid(text: str) -> None:
+    """Nobody listens."""
+
+
+def load_policy(
+    config: RunConfig, *, weights: bool = True, say: Callable[[str], None] = _unsaid
+) -> Policy:
+    """The policy that a config describes: LoRA, a LoRA that is continued, or the whole denoiser.
+
+    Args:
+        weights: as in `Policy.load`; settings of memory and speed are made only with them.
+        say: told what a setting does not do here.
+    """
+    model = config.model
+    policy = _bare_policy(config, weights=weights)
+    if weights:
+        set_up(policy, model, say)
+    return policy
+
+
+def set_up(policy: Policy, model: ModelOptions, say: Callable[[str], None]) -> None:
+    """Memory and speed as the options say; None stands for no.
+
+    Raises:
+        UserError: a setting that this model or this machine cannot have.
+    """
+    from diffusion_align.policy import memory
+
+    told: list[str | None] = []
+    if model.attention_backend is not None:
+        told.append(memory.use_attention_backend(policy, model.attention_backend))
+    if model.channels_last:
+        memory.use_channels_last(policy)
+    if model.gradient_checkpointing:
+        memory.checkpoint_gradients(policy)
+    if model.vae_slicing:
+        memory.slice_vae(policy)
+    if model.vae_tiling:
+        memory.tile_vae(policy)
+    if model.release_text_encoders:
+        told.append(memory.release_text_encoders(policy))
+    if model.compile:
+        memory.compile_blocks(policy)
+    for line in told:
+        if line is not None:
+            say(line)
+
+
+def _bare_policy(config: RunConfig, *, weights: bool) -> Policy:
     from diffusion_align.policy import Policy
 
     model, lora = config.model, config.lora
@@ -25,6 +72,7 @@ def load_policy(config: RunConfig) -> Policy:
         "dtype": model.dtype,
         "revision": model.revision,
         "seed": config.seed,
+        "weights": weights,
     }
     if lora is None:
         return Policy.load(model.id, full=True, **plain)
@@ -88,3 +136,19 @@ def load_rewards(names: Sequence[str], device: object) -> dict[str, Reward]:
     import reward_models
 
     return {name: reward_models.load(name, device=str(device)) for name in names}
+
+
+def place_of_rewards(config: RunConfig, policy: Policy) -> str:
+    """The device that rewards compute on: `reward_device`, else the policy's.
+
+    Raises:
+        UserError: a device that this machine does not have.
+    """
+    from diffusion_align.policy.devices import device_of
+
+    if config.reward_device is None:
+        return str(policy.device)
+    try:
+        return str(device_of(config.reward_device))
+    except UserError as error:
+        raise UserError(error.what, where="reward_device", fix=error.fix) from error

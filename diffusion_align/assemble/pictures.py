@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_align.assemble.loading import load_rewards, load_tuned
-from diffusion_align.assemble.run import trained_on as rewards_of
-from diffusion_align.assemble.run import training_prompts, with_negative
+from diffusion_align.assemble.named import (
+    run_name,
+    shown_names,
+    training_prompts,
+    with_negative,
+)
+from diffusion_align.assemble.named import trained_on as rewards_of
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
@@ -84,6 +89,7 @@ def sample_pictures(
     from diffusion_align.data.images import write_png
     from diffusion_align.evaluation.generate import generate
     from diffusion_align.policy import Policy
+    from diffusion_align.reporting.redaction import redact
 
     run = run_of(tuned, needed=False) if tuned else None
     how = drawing.loading(model, run)
@@ -108,7 +114,8 @@ def sample_pictures(
             for seed in range(drawing.seeds):
                 name = f"p{first + index:04d}_s{seed:02d}.png"
                 files.append(write_png(out / name, pictures.pixels[index, seed].numpy()))
-                rows.append(json.dumps({"path": name, "prompt": prompt.text}, ensure_ascii=False))
+                row = {"path": name, "prompt": redact(prompt.text)}
+                rows.append(json.dumps(row, ensure_ascii=False))
         if progress is not None:
             progress(first + len(part), len(prompts))
     (out / "prompts.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
@@ -150,16 +157,19 @@ def compare_pictures(
     base = Policy.load(model, **how) if tuned.whole else None
     policy = load_tuned(model, tuned, **how)
     _tell(base or policy)
+    shown = shown_names([*rewards, *(trained_on or ())])
     return compare(
         policy,
         with_negative(prompts, run) if run else prompts,
-        rewards=load_rewards(rewards, policy.device),
+        rewards={
+            shown[name]: reward for name, reward in load_rewards(rewards, policy.device).items()
+        },
         output=out,
-        trained_on=trained_on,
+        trained_on=None if trained_on is None else [shown[name] for name in trained_on],
         seeds=drawing.seeds,
         sampling=drawing.sampling(run),
         run_seed=drawing.seed,
-        tuned_name=str(tuned.folder),
+        tuned_name=run_name(tuned.folder),
         training_prompts=known,
         base=base,
         overwrite=overwrite,
@@ -259,7 +269,7 @@ def run_of(tuned: Tuned, *, needed: bool = True) -> RunConfig | None:
         if not record.is_file():
             continue
         try:
-            config = load_config(record)
+            config = load_config(record, stored=True)
         except UserError as error:
             if needed:
                 raise UserError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.data.judgement_options import COUNT, HELD_OUT_COUNT, JudgementOptions
 from diffusion_align.errors import UserError
+from diffusion_align.reporting.redaction import redact
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.reward_training import RewardTraining
@@ -43,12 +44,18 @@ def train_reward(
         UserError, RewardError: anything a person can put right.
     """
     from diffusion_align.algorithms import catalogue
+    from diffusion_align.assemble.inputs import look_at_inputs, write_inputs
     from diffusion_align.assemble.run import begin_run
     from diffusion_align.policy.devices import device_of
-    from diffusion_align.reporting.console import Console
+    from diffusion_align.reporting.console import Console, Quiet
+    from diffusion_align.training.distribution import is_main_process
     from diffusion_align.training.final import write_final
     from diffusion_align.training.loop import train
+    from diffusion_align.training.run_folder import RunFolder
 
+    writes = is_main_process()  # of several processes one talks and writes
+    reporter = Console() if writes else Quiet()
+    inputs = look_at_inputs(config, resume=resume, say=reporter.message)
     judgements, held_out = load_judgements(config.data, config.seed)
     build: Any = catalogue.load(catalogue.resolve(config.algorithm.name).target)
     training: RewardTraining = build(
@@ -58,24 +65,27 @@ def train_reward(
         validation=held_out,
         seed=config.seed,
         device=str(device_of(config.reward.device)),
-        name=Path(str(config.output)).name,
-        trained_on=[config.data.source],
+        name=redact(Path(str(config.output)).name),
+        trained_on=[redact(config.data.source)],
         validate_at_end=False,
     )
-    folder = begin_run(config, resume=resume, new=new)
-    reporter = Console()
+    output = Path(str(config.output)).expanduser()
+    if writes:
+        output = begin_run(config, resume=resume, new=new).path
+        write_inputs(RunFolder(output), inputs)
     result = train(
         training,
         options=config.train,
-        output=folder.path,
+        guards=config.guards,
+        output=output,
         resume=resume,
         seed=config.seed,
         reporter=reporter,
     )
     # Who interrupts a run waits for no validation: the best weights so far are saved already.
-    if not result.interrupted:
+    if writes and not result.interrupted:
         training.finish()
-        write_final(folder.final, training.save, reporter.message)
+        write_final(RunFolder(output).final, training.save, reporter.message)
     return TrainedReward(training, result)
 
 

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffusion_align.assemble.loading import load_policy, load_rewards
+from diffusion_align.assemble.loading import load_policy, load_rewards, place_of_rewards
+from diffusion_align.assemble.named import (
+    heldout_prompts,
+    load_algorithm,
+    run_name,
+    scored_with,
+    shown_names,
+    trained_on,
+    training_prompts,
+)
+from diffusion_align.assemble.publishing import publish_run, write_model_card
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusion_align.algorithms.base import Algorithm
     from diffusion_align.config import RewardRunConfig, RunConfig
-    from diffusion_align.data.prompts import Prompt
     from diffusion_align.evaluation.comparison import Comparison
     from diffusion_align.policy import Policy
     from diffusion_align.training.loop import TrainResult
@@ -22,62 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run that ended: the policy it tuned, the rewards it was measured with, what it left."""
+    """A run that ended: the policy it tuned, the rewards it was measured with, what it left.
+
+    `check` is the self-check of its files in a sentence, "" where none was made; `at_once` is how
+    many pictures `memory` lets the comparison make at once, None as the config says.
+    """
 
     policy: Policy
     rewards: Mapping[str, Reward]
     result: TrainResult
-
-
-def training_prompts(config: RunConfig) -> list[Prompt]:
-    """The prompts trained on; those without a negative prompt get the config's."""
-    from diffusion_align.data.prompts import load_prompts
-
-    return with_negative(load_prompts(config.prompts.source), config)
-
-
-def heldout_prompts(config: RunConfig) -> list[Prompt]:
-    """The prompts of pictures during training and of the comparison."""
-    from diffusion_align.data.prompts import load_prompts
-
-    prompts = load_prompts(config.evaluation.prompts)[: config.evaluation.limit]
-    return with_negative(prompts, config)
-
-
-def with_negative(prompts: Sequence[Prompt], config: RunConfig) -> list[Prompt]:
-    """`prompts`, where those without a negative prompt get the config's."""
-    negative = config.prompts.negative
-    return [p if p.negative else replace(p, negative=negative) for p in prompts]
-
-
-def scored_with(config: RunConfig) -> list[str]:
-    """Names of all rewards of the evaluation: the trained one first, none twice."""
-    return list(dict.fromkeys([config.reward, *config.evaluation.rewards]))
-
-
-def trained_on(config: RunConfig) -> list[str]:
-    """Names of what the run learns from: its reward and, of a sum, every term."""
-    from reward_models.catalogue import components
-
-    return list(dict.fromkeys([config.reward, *components(config.reward)]))
-
-
-def load_algorithm(
-    config: RunConfig, policy: Policy, reward: Reward, prompts: Sequence[Prompt]
-) -> Algorithm[Any, Any]:
-    """The algorithm that a config names, with its options."""
-    from diffusion_align.algorithms import catalogue
-
-    build = catalogue.load(catalogue.resolve(config.algorithm.name).target)
-    algorithm: Algorithm[Any, Any] = build(
-        policy,
-        reward,
-        prompts,
-        options=config.algorithm.options,
-        sampling=config.sampling,
-        seed=config.seed,
-    )
-    return algorithm
+    check: str = ""
+    at_once: int | None = None
 
 
 def begin_run(
@@ -116,21 +80,32 @@ def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> 
     """
     import reward_models
     from diffusion_align.algorithms import catalogue
+    from diffusion_align.assemble.inputs import look_at_inputs, write_inputs
+    from diffusion_align.assemble.memory_plan import write_plan
+    from diffusion_align.assemble.together import settle_together
     from diffusion_align.evaluation.probe import Probe
-    from diffusion_align.reporting.console import Console
+    from diffusion_align.reporting.console import Console, Quiet
+    from diffusion_align.training.distribution import is_main_process
     from diffusion_align.training.loop import train
 
-    console = Console()
-    policy = load_policy(config)
+    writes = is_main_process()  # of several processes one talks and writes
+    console = Console() if writes else Quiet()
+    inputs = look_at_inputs(config, resume=resume, say=console.message)
+    plan = settle_together(config, resume=resume)
+    for line in plan.lines:
+        console.message(line)
+    asked, config = config, plan.config
+    policy = load_policy(config, say=console.message)
     if policy.replaced_scheduler:
         console.message(policy.replaced_scheduler)
     needs = catalogue.resolve(config.algorithm.name).needs
     prompts = training_prompts(config)
+    reward_device = place_of_rewards(config, policy)
     reward = reward_models.load(
-        config.reward, device=str(policy.device), needs_gradient=needs.differentiable_reward
+        config.reward, device=reward_device, needs_gradient=needs.differentiable_reward
     )
     others = [name for name in scored_with(config) if name != config.reward]
-    rewards = {config.reward: reward, **load_rewards(others, policy.device)}
+    rewards = {config.reward: reward, **load_rewards(others, reward_device)}
     algorithm = load_algorithm(config, policy, reward, prompts)
     probe = Probe(
         policy,
@@ -140,17 +115,27 @@ def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> 
         sampling=config.sampling,
         run_seed=config.seed,
     )
-    folder = begin_run(config, resume=resume, new=new)
+    output = Path(str(config.output)).expanduser()
+    if writes:
+        folder = begin_run(asked, resume=resume, new=new)
+        write_inputs(folder, inputs)
+        write_plan(folder.path, plan)
+        output = folder.path
     result = train(
         algorithm,
         options=config.train,
-        output=folder.path,
+        guards=config.guards,
+        output=output,
         resume=resume,
         seed=config.seed,
         reporter=console,
         probe=probe,
     )
-    return TrainedRun(policy, rewards, result)
+    # Who interrupts a run waits for nothing; `push` makes up for it.
+    check = ""
+    if writes and not result.interrupted:
+        check = publish_run(asked, policy, output, console.message)
+    return TrainedRun(policy, rewards, result, check, config.evaluation.batch_size)
 
 
 def compare_run(
@@ -159,22 +144,27 @@ def compare_run(
     """The before/after report of a finished run, in its folder `final/`."""
     from diffusion_align.evaluation.compare import compare
     from diffusion_align.evaluation.generate import evaluation_sampling
+    from diffusion_align.policy.tuned import find_tuned
+    from diffusion_align.reporting.console import Console
 
-    options = config.evaluation
-    return compare(
+    options, learnt = config.evaluation, trained_on(config)
+    shown = shown_names([*run.rewards, *learnt])
+    comparison = compare(
         run.policy,
         heldout_prompts(config),
-        rewards=run.rewards,
+        rewards={shown[name]: reward for name, reward in run.rewards.items()},
         output=run.result.folder / "final",
-        trained_on=trained_on(config),
+        trained_on=[shown[name] for name in learnt],
         seeds=options.seeds,
         sampling=evaluation_sampling(
-            config.sampling, eta=options.eta, batch_size=options.batch_size
+            config.sampling, eta=options.eta, batch_size=run.at_once or options.batch_size
         ),
         run_seed=config.seed,
-        tuned_name=str(run.result.folder),
+        tuned_name=run_name(run.result.folder),
         training_prompts=[prompt.text for prompt in training_prompts(config)],
         against="start",
         overwrite=True,  # what lies there is an earlier report of this same run
         progress=progress,
     )
+    write_model_card(config, find_tuned(run.result.folder), run.check, Console().message)
+    return comparison

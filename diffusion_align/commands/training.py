@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,8 @@ def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
         from diffusion_align.assemble import compare_run, train_run
 
         run = train_run(config, resume=resume, new=new)
+        if not _is_main_process():
+            return
         _stop_if_interrupted(run.result, folder)
         typer.echo(f"the tuned model: {final}")
         if not config.evaluation.report:
@@ -135,6 +138,8 @@ def _run_reward(config: RewardRunConfig, *, resume: bool, new: bool) -> None:
         from diffusion_align.assemble import train_reward
 
         run = train_reward(config, resume=resume, new=new)
+        if not _is_main_process():
+            return
         _stop_if_interrupted(run.result, folder)
     _print_validations(run)
     typer.echo(f"the trained reward: {run.file}")
@@ -180,7 +185,7 @@ def _check(
         check_file(record, fix=_ELSEWHERE)
     changes: list[str] = []
     if resume and record.exists():
-        changes = changes_on_resume(load_config(record), config)
+        changes = changes_on_resume(load_config(record, stored=True), config)
     for line in changes:
         typer.echo(f"changed since this run began: {line}", err=True)
     return changes
@@ -213,6 +218,11 @@ def _interruptible(folder: Path, *, new: bool) -> Iterator[None]:
         else:
             typer.echo("\nstopped by Ctrl-C before the first checkpoint was saved", err=True)
         raise typer.Exit(130) from None
+
+
+def _is_main_process() -> bool:
+    """Of several processes of a launcher one talks, and draws the comparison."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _identity(folder: Path) -> int | None:

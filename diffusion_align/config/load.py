@@ -17,6 +17,7 @@ from pydantic.json_schema import models_json_schema
 from diffusion_align.algorithms import catalogue
 from diffusion_align.config import edge, rules, validate
 from diffusion_align.config.problems import ConfigError, Place, Problem, shown
+from diffusion_align.config.secrets import take_from_environment, without_secrets
 from diffusion_align.config.sections import ROOTS, AlgorithmChoice, RewardRunConfig, RunConfig
 from diffusion_align.config.source import Node, apply_override, merged, read_file
 from diffusion_align.errors import UserError, did_you_mean
@@ -25,8 +26,12 @@ MAX_BASES = 8
 AnyConfig = RunConfig | RewardRunConfig
 
 
-def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Any:
+def load_config(name: str | Path, overrides: Sequence[str] = (), *, stored: bool = False) -> Any:
     """The resolved config of a name in `configs/` or a path, with `key=value` overrides.
+
+    Args:
+        stored: it is the record of a run, only to be compared with or looked at: secrets that were
+            not written, or stand in variables that are not set, are no error.
 
     Returns:
         `RunConfig`, or `RewardRunConfig` where its algorithm trains a reward.
@@ -38,6 +43,7 @@ def load_config(name: str | Path, overrides: Sequence[str] = ()) -> Any:
     root = _inherited(path, ())
     for number, override in enumerate(overrides, start=1):
         apply_override(root, override, number)
+    take_from_environment(root, stored=stored)
     reading = validate.read(root)
     rules.apply(reading, root)
     if reading.problems:
@@ -93,7 +99,10 @@ def copy_config(name: str, destination: str | Path | None = None) -> Path:
 
 
 def to_yaml(config: AnyConfig) -> str:
-    """A resolved config as YAML, each key explained; it loads back to the same config."""
+    """A resolved config as YAML, each key explained; it loads back to the same config.
+
+    Secrets are left out, see `config.secrets`: those of environment variables as `${NAME}`.
+    """
     lines = []
     for option in fields(config):
         value = getattr(config, option.name)
@@ -110,8 +119,11 @@ def to_yaml(config: AnyConfig) -> str:
 
 
 def differences(before: AnyConfig, after: AnyConfig) -> list[str]:
-    """`key: old -> new` of every key in which two configs differ, in the order of the sections."""
-    old, new = _flat(asdict(before)), _flat(asdict(after))
+    """`key: old -> new` of every key in which two configs differ, in the order of the sections.
+
+    Secrets are compared, and shown, as they are written: another password is no difference.
+    """
+    old, new = _shown(before), _shown(after)
     keys = dict.fromkeys([*old, *new])
     return [
         f"{key}: {validate.spelled(old.get(key))} -> {validate.spelled(new.get(key))}"
@@ -145,6 +157,14 @@ def _root_model(kind: str) -> Any:
     root = edge.edge_model(ROOTS[kind], algorithm=algorithm)
     base: Any = (str | None, edge.EdgeField(default=None, description="config to inherit from"))
     return create_model(f"{kind}_config", __base__=root, base=base)
+
+
+def _shown(config: AnyConfig) -> dict[str, Any]:
+    """Dotted key -> value without its secrets."""
+    return {
+        key: without_secrets(value, key.rpartition(".")[2])
+        for key, value in _flat(asdict(config)).items()
+    }
 
 
 def _flat(tree: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -204,6 +224,7 @@ def _algorithm_name(root: Node) -> object:
 
 def _line(options: type, name: str, value: Any, indent: str) -> str:
     doc = edge.docs(options).get(name)
+    value = without_secrets(value, name)
     written = (
         yaml.safe_dump(
             list(value) if isinstance(value, tuple) else value,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_align.errors import UserError
+from diffusion_align.reporting.redaction import redact
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         closing = f"{self.what}   Schema: diffusion-align config --schema"
-        return "\n".join([*map(str, self.problems), closing])
+        return redact("\n".join([*map(str, self.problems), closing]))
 
 
 def shown(path: Path) -> str:

@@ -3,16 +3,56 @@
 from __future__ import annotations
 
 from diffusion_align.config.load import AnyConfig, differences
-from diffusion_align.config.sections import RewardRunConfig
 from diffusion_align.errors import UserError
 
 # A run that goes on with another model, adapter, reward, noise or prompts is another run: its
-# optimiser state, its statistics and its curve would belong to neither.
-FIXED = ("model", "lora", "prompts", "sampling", "reward", "data", "algorithm.name", "seed")
-# What a reward learns from in which order, and by which loss.
-FIXED_OF_REWARDS = ("algorithm.loss", "algorithm.batch_size", "algorithm.batches_per_iteration")
-# These say where and in what portions the same thing is computed.
-FREE = ("model.device", "sampling.batch_size", "reward.device")
+# optimiser state, its statistics and its curve would belong to neither. Nor may an algorithm's
+# options change: the checkpoint's iteration says which prompts come next only for the same number
+# of prompts and samples, its remembered rewards are of this kind and length, and its finding that
+# the ratio of an untouched policy is 1 holds for these batches, this precision and this guidance.
+# The optimiser's moments and the average of the weights are of one kind from the first step on.
+FIXED = (
+    "model",
+    "lora",
+    "prompts",
+    "sampling",
+    "reward",
+    "data",
+    "algorithm",
+    "train.mixed_precision",
+    "train.optimizer",
+    "train.ema_decay",
+    "memory",  # it may split batches
+    "seed",
+)
+# These say where and in what portions the same thing is computed, or are strengths like the
+# learning rate, which no kept state hangs on.
+FREE = (
+    "model.device",
+    "model.gradient_checkpointing",
+    "model.release_text_encoders",
+    "model.vae_slicing",
+    "model.vae_tiling",
+    "sampling.batch_size",
+    "reward.device",
+    # online methods
+    "algorithm.advantage_clip",
+    "algorithm.buffer_min_count",
+    "algorithm.clip_range",
+    "algorithm.inner_epochs",
+    "algorithm.kl_weight",
+    "algorithm.reward_overlap",
+    "algorithm.reward_timeout",
+    "algorithm.quantile",
+    "algorithm.temperature",
+    "algorithm.threshold",
+    "algorithm.timestep_fraction",
+    # reward training
+    "algorithm.cache_gb",
+    "algorithm.flip",
+    "algorithm.validate_every",
+    "algorithm.workers",
+)
 
 
 def changes_on_resume(before: AnyConfig, after: AnyConfig) -> list[str]:
@@ -22,13 +62,10 @@ def changes_on_resume(before: AnyConfig, after: AnyConfig) -> list[str]:
         UserError: changes that would make it another run; lists them.
     """
     changes = differences(before, after)
-    fixed = FIXED + FIXED_OF_REWARDS if isinstance(after, RewardRunConfig) else FIXED
-    barred = [change for change in changes if _is_barred(change.partition(": ")[0], fixed)]
+    barred = [change for change in changes if _is_barred(change.partition(": ")[0])]
     if barred:
         raise UserError(
-            "this run cannot go on with another model, data, reward, loss, batch or seed"
-            if isinstance(after, RewardRunConfig)
-            else "this run cannot go on with another model, data, reward or seed",
+            "this run cannot go on with another model, data, reward, seed or another way to learn",
             where=str(after.output),
             fix="\n".join(
                 [
@@ -41,5 +78,5 @@ def changes_on_resume(before: AnyConfig, after: AnyConfig) -> list[str]:
     return changes
 
 
-def _is_barred(key: str, fixed: tuple[str, ...]) -> bool:
-    return key not in FREE and any(key == name or key.startswith(f"{name}.") for name in fixed)
+def _is_barred(key: str) -> bool:
+    return key not in FREE and any(key == name or key.startswith(f"{name}.") for name in FIXED)

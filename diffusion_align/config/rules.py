@@ -140,6 +140,15 @@ def _head(sections: Mapping[str, Any]) -> Iterator[Finding]:
         yield "reward.head", f"a {head} head gives no ratings", "set reward.head=regression"
 
 
+def _average(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    if sections["train"].ema_decay > 0:
+        yield (
+            "train.ema_decay",
+            "a reward keeps the weights of its best validation, not an average",
+            "leave it out (0)",
+        )
+
+
 def _asked(key: str, question: Callable[[], object]) -> Iterator[Finding]:
     """What another room answers to `question`, as a finding where it refuses."""
     try:
@@ -160,10 +169,12 @@ def _reward_named(key: str, name: str) -> Iterator[Finding]:
 
 
 def _prompt_list(key: str, source: str | list[str]) -> Iterator[Finding]:
+    from diffusion_align.data.prompt_functions import names_function
     from diffusion_align.data.prompts import BUILT_IN, load_prompts
 
-    # A plain built-in list is known to be good; drawing its captions would only cost time.
-    if not (isinstance(source, str) and source in BUILT_IN):
+    # A plain built-in list is known to be good; drawing its captions would only cost time. A user's
+    # own function runs when the run does, never for a look at its config.
+    if not (isinstance(source, str) and source in BUILT_IN) and not names_function(source):
         yield from _asked(key, lambda: load_prompts(source))
 
 
@@ -189,6 +200,7 @@ REWARD_RULES = (
     Rule(("algorithm.loss", "data.source", "data.kind"), _loss),
     Rule(("algorithm.loss", "reward.head"), _head),
     Rule(("seed",), _seed),
+    Rule(("train.ema_decay",), _average),
     Rule((f"{ALGORITHM}.batches_per_iteration", "train.accumulation"), _accumulation),
 )
 

@@ -1,7 +1,8 @@
 """The sections of a config: one frozen dataclass per kind of run, made of the rooms' own options.
 
-    a policy:  model, lora, prompts, sampling, reward, algorithm, train, evaluation, seed, output
-    a reward:  reward, data, algorithm, train, seed, output
+    a policy:  model, lora, prompts, sampling, reward, algorithm, train, guards, evaluation, seed,
+               output
+    a reward:  reward, data, algorithm, train, guards, seed, output
 
 Which of them a file is, its `algorithm.name` says. Importing this file imports no torch.
 """
@@ -9,7 +10,7 @@ Which of them a file is, its `algorithm.name` says. Importing this file imports 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffusion_align.algorithms.catalogue import ALGORITHMS
 from diffusion_align.algorithms.reward_options import RewardStart
@@ -17,6 +18,7 @@ from diffusion_align.data.judgement_options import JudgementOptions
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.policy.options import LoRAOptions, ModelOptions
 from diffusion_align.sampling.options import SamplingOptions
+from diffusion_align.training.guard_options import GuardOptions
 from diffusion_align.training.options import TrainOptions
 
 
@@ -25,7 +27,10 @@ class PromptOptions:
     """What is trained on."""
 
     source: str | list[str] = field(
-        metadata={"doc": "a .txt or .jsonl file, a built-in list (animals, small-world), or a list"}
+        metadata={
+            "doc": "a .txt or .jsonl file, a built-in list (animals, small-world), your own "
+            "my_module:my_function that returns a list, or a list"
+        }
     )
     negative: str = field(
         default="", metadata={"doc": "negative prompt of every prompt that brings none of its own"}
@@ -57,7 +62,22 @@ class RunConfig:
     )
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
+    guards: GuardOptions = field(default_factory=GuardOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    reward_device: str | None = field(
+        default=None,
+        metadata={
+            "doc": "where rewards compute: cpu, cuda:1 ...; null = where the model is, unless "
+            "memory says otherwise"
+        },
+    )
+    memory: Literal["auto", "low", "high"] = field(
+        default="high",
+        metadata={
+            "doc": "high trades nothing for memory; low takes every saving that leaves what is "
+            "learnt unchanged; auto takes those that the estimate needs (docs/memory.md)"
+        },
+    )
     seed: int = field(
         default=0, metadata={"doc": "seed of the run, 0 to 2**63 - 1; same seed, same pictures"}
     )
@@ -74,6 +94,7 @@ class RewardRunConfig:
     data: JudgementOptions
     algorithm: AlgorithmChoice = field(metadata={"doc": "name of an algorithm, and its options"})
     train: TrainOptions = field(default_factory=TrainOptions)
+    guards: GuardOptions = field(default_factory=GuardOptions)
     seed: int = field(default=0, metadata={"doc": "seed of the run, 0 to 2**63 - 1"})
     output: str | None = field(
         default=None, metadata={"doc": "folder of the run; null = runs/<name of the config>"}

@@ -294,7 +294,13 @@ def folder(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "recorded/metrics.jsonl": b'{"step": 1}\n',
         "run/metrics.jsonl": b'{"step": 2}\n',
         "run/checkpoints/step_000002/state.pt": b"something else",
-        "run/checkpoints/step_000002/manifest.json": json.dumps({"state.pt": "0" * 64}).encode(),
+        "run/checkpoints/step_000002/parameters.safetensors": b"parameters",
+        "run/checkpoints/step_000002/manifest.json": json.dumps(
+            {
+                "parameters.safetensors": hashlib.sha256(b"parameters").hexdigest(),
+                "state.pt": "0" * 64,
+            }
+        ).encode(),
         "whole/model_index.json": b"{}",
     }.items():
         (here / name).parent.mkdir(parents=True, exist_ok=True)

@@ -223,6 +223,7 @@ LINES = [
     for page in sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
     for line in page.read_text().splitlines()
     if line.startswith("diffusion-align train ")
+    and not line.startswith("diffusion-align train CONFIG")
 ]
 
 

@@ -16,6 +16,7 @@ from diffusion_align.data.judgement_options import JudgementOptions
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.policy.options import LoRAOptions, ModelOptions
 from diffusion_align.sampling.options import SamplingOptions
+from diffusion_align.training.guard_options import GuardOptions
 from diffusion_align.training.options import TrainOptions
 
 
@@ -47,6 +48,7 @@ def test_the_sections_are_those_of_a_run(
         LoRAOptions,
         SamplingOptions,
         TrainOptions,
+        GuardOptions,
         EvaluationOptions,
         RewardStart,
         JudgementOptions,
@@ -71,7 +73,10 @@ def test_an_algorithm_s_options_stand_beside_its_name(schema: dict[str, Any]) ->
 def test_the_shipped_configs_use_only_keys_of_the_schema(schema: dict[str, Any]) -> None:
     import yaml
 
-    for path in (Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"):
-        written = yaml.safe_load(path.read_text(encoding="utf-8"))
-        known = definition(schema, written["algorithm"]["name"])["properties"]
+    folder = Path(__file__).resolve().parents[2] / "configs"
+    for path in folder.glob("*.yaml"):
+        written = whole = yaml.safe_load(path.read_text(encoding="utf-8"))
+        while "algorithm" not in whole:  # it is that of the config it inherits from
+            whole = yaml.safe_load((folder / f"{whole['base']}.yaml").read_text(encoding="utf-8"))
+        known = definition(schema, whole["algorithm"]["name"])["properties"]
         assert set(written) <= set(known), path.name

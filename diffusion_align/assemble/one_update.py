@@ -1,0 +1,98 @@
+"""A run cut to one update whose largest moments are those of the whole run.
+
+Memory peaks where a chunk is sampled, decoded or scored and where a group of timesteps is trained
+on. All of these have the same shapes in one update on few samples and few steps as in the run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from diffusion_align.errors import UserError
+
+if TYPE_CHECKING:
+    from diffusion_align.algorithms.options import CollectionOptions
+    from diffusion_align.config import RunConfig
+    from diffusion_align.policy.catalogue import ModelInfo
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What one iteration does, and one update of it.
+
+    samples: of the iteration; steps: denoising steps of each; pairs: (sample, step) pairs that are
+    trained on, each inner epoch's counted; per_update: those of one update.
+    """
+
+    samples: int
+    steps: int
+    pairs: int
+    per_update: int
+
+
+def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
+    """`config` with one update, as few samples as fill its batches and as few steps.
+
+    Args:
+        info: the model's own number of steps, where the config leaves it open.
+
+    Raises:
+        UserError: an algorithm that samples no trajectories, or held-out prompts that are missing.
+    """
+    options, steps = _options(config), config.sampling.steps or info.steps
+    trained, group = options.trained_steps(steps), options.timesteps_per_loss
+    # Two losses find gradients in place; so does the second of two accumulated minibatches.
+    wanted = min(2 * group, trained)
+    few = next((n for n in range(1, steps) if options.trained_steps(n) >= wanted), steps)
+    parts = 2 if config.train.accumulation > 1 and trained <= group else 1
+    samples = max(min(config.sampling.batch_size, options.samples), options.train_batch_size)
+    prompts = next(
+        count
+        for count in range(1, options.prompts_per_iteration + 1)
+        if (n := count * options.samples_per_prompt) >= samples
+        and n % options.train_batch_size == 0
+    )
+    fewer = replace(options, prompts_per_iteration=prompts, inner_epochs=parts)
+    return replace(
+        config,
+        sampling=replace(config.sampling, steps=few),
+        algorithm=replace(config.algorithm, options=fewer),
+        train=replace(config.train, steps=1, accumulation=parts),
+        evaluation=replace(config.evaluation, sample_prompts=_looked_at(config)),
+    )
+
+
+def _looked_at(config: RunConfig) -> int:
+    """How many prompts fill a batch of pictures on the way or, where it is made, of the report."""
+    from diffusion_align.assemble.named import heldout_prompts
+
+    evaluation, known = config.evaluation, len(heldout_prompts(config))
+    prompts = known if evaluation.report else min(known, evaluation.sample_prompts)
+    return max(1, min(prompts, math.ceil(evaluation.batch_size / evaluation.seeds)))
+
+
+def amount(config: RunConfig, info: ModelInfo) -> Amount:
+    """What an iteration of `config` does."""
+    options, steps = _options(config), config.sampling.steps or info.steps
+    trained = options.trained_steps(steps)
+    return Amount(
+        samples=options.samples,
+        steps=steps,
+        pairs=options.samples * trained * options.inner_epochs,
+        per_update=options.train_batch_size * trained * config.train.accumulation,
+    )
+
+
+def _options(config: RunConfig) -> CollectionOptions:
+    from diffusion_align.algorithms.options import CollectionOptions
+
+    options = config.algorithm.options
+    if not isinstance(options, CollectionOptions):
+        raise UserError(
+            f"what {config.algorithm.name} needs cannot be estimated: it samples no pictures",
+            where="algorithm.name",
+            fix="watch memory/peak_gb of the first steps instead",
+        )
+    return options
