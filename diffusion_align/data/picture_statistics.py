@@ -43,7 +43,12 @@ def picture_statistics(pixels: Tensor) -> PictureStatistics:
     Raises:
         ValueError: another shape.
     """
-    return PictureStatistics(saturation(pixels), edge_density(pixels), colour_entropy(pixels))
+    clean, valid = _clean(pixels)
+    return PictureStatistics(
+        _known(_saturation(clean), valid),
+        _known(_edge_density(clean, EDGE_THRESHOLD), valid),
+        _known(_colour_entropy(clean, LEVELS), valid),
+    )
 
 
 def saturation(pixels: Tensor) -> Tensor:
@@ -54,9 +59,13 @@ def saturation(pixels: Tensor) -> Tensor:
     *Source:* Smith 1978, Color gamut transform pairs (as Python's `colorsys.rgb_to_hsv`).
     """
     clean, valid = _clean(pixels)
+    return _known(_saturation(clean), valid)
+
+
+def _saturation(clean: Tensor) -> Tensor:
     high, low = clean.amax(dim=-3), clean.amin(dim=-3)
     ratio = torch.where(high > 0, (high - low) / high.clamp_min(1e-12), torch.zeros_like(high))
-    return _known(ratio.mean(dim=(-2, -1)), valid)
+    return ratio.mean(dim=(-2, -1))
 
 
 def edge_density(pixels: Tensor, threshold: float = EDGE_THRESHOLD) -> Tensor:
@@ -69,6 +78,10 @@ def edge_density(pixels: Tensor, threshold: float = EDGE_THRESHOLD) -> Tensor:
     the strongest step.
     """
     clean, valid = _clean(pixels)
+    return _known(_edge_density(clean, threshold), valid)
+
+
+def _edge_density(clean: Tensor, threshold: float) -> Tensor:
     red, green, blue = clean.unbind(dim=-3)
     brightness = LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
     flat = brightness.reshape(-1, 1, *brightness.shape[-2:])
@@ -81,7 +94,7 @@ def edge_density(pixels: Tensor, threshold: float = EDGE_THRESHOLD) -> Tensor:
     across = column[..., 2:] - column[..., :-2]
     down = row[..., 2:, :] - row[..., :-2, :]
     magnitude = (across.square() + down.square()).sqrt() / 4
-    return _known((magnitude > threshold).float().mean(dim=(-2, -1)), valid)
+    return (magnitude > threshold).float().mean(dim=(-2, -1))
 
 
 def colour_entropy(pixels: Tensor, levels: int = LEVELS) -> Tensor:
@@ -92,6 +105,10 @@ def colour_entropy(pixels: Tensor, levels: int = LEVELS) -> Tensor:
     It lies in [0, min(3 log2 levels, log2 (H W))]; one plain colour has 0. *Source:* Shannon 1948.
     """
     clean, valid = _clean(pixels)
+    return _known(_colour_entropy(clean, levels), valid)
+
+
+def _colour_entropy(clean: Tensor, levels: int) -> Tensor:
     level = (clean * levels).long().clamp(0, levels - 1)
     red, green, blue = level.unbind(dim=-3)
     place = ((red * levels + green) * levels + blue).reshape(-1, red.shape[-2] * red.shape[-1])
@@ -99,7 +116,7 @@ def colour_entropy(pixels: Tensor, levels: int = LEVELS) -> Tensor:
     counts.scatter_add_(1, place, torch.ones_like(place))
     share = counts.double() / place.shape[1]
     bits = torch.special.entr(share).sum(dim=1) / math.log(2)
-    return _known(bits.float().reshape(valid.shape), valid)
+    return bits.float().reshape(red.shape[:-2])
 
 
 def _clean(pixels: Tensor) -> tuple[Tensor, Tensor]:

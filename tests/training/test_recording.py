@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffusion_align.reporting.console import Quiet
+from diffusion_align.reporting.trackers.opening import REMEMBERED
 from diffusion_align.training.loop import train
 from diffusion_align.training.options import TrainOptions
 
@@ -33,8 +34,9 @@ class Look:
         return {"taste": np.full((1, 1), step / 10)}
 
 
+@pytest.mark.parametrize("remembers", ["the run folder", "the checkpoint"])
 def test_a_resumed_run_goes_on_in_the_same_tracker_with_rows_and_pictures(
-    tmp_path: Path, regression: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, regression: ModuleType, monkeypatch: pytest.MonkeyPatch, remembers: str
 ) -> None:
     names: list[str] = []
     logged: list[tuple[int | None, dict[str, Any]]] = []
@@ -51,6 +53,8 @@ def test_a_resumed_run_goes_on_in_the_same_tracker_with_rows_and_pictures(
     monkeypatch.setitem(sys.modules, "trackio", fake)
     options = TrainOptions(checkpoint_every=1, sample_every=4, trackers=("trackio",))
     for steps, resume in ((4, False), (8, True)):
+        if resume and remembers == "the checkpoint":
+            (tmp_path / "run" / REMEMBERED).unlink()
         train(
             regression.Regression(),
             steps=steps,
