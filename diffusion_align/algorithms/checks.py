@@ -47,11 +47,11 @@ def as_reward(given: Any) -> Reward:
     )
 
 
-def in_window(steps: Tensor, count: int, start: float, end: float) -> Tensor:
+def in_window(steps: Tensor, count: int, start: float, end: float, *, at_least: int = 1) -> Tensor:
     """Those of `steps` (long [S], of a schedule of `count`) in the window [start, end) of it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or fewer than `at_least`, the noise window.
     """
     wanted = window(count, start, end)
     inside = steps[(steps >= wanted.start) & (steps < wanted.stop)]
@@ -60,6 +60,12 @@ def in_window(steps: Tensor, count: int, start: float, end: float) -> Tensor:
             f"no step with noise lies between {start:g} and {end:g} of the {count} steps",
             where="algorithm.window_start, algorithm.window_end",
             fix="widen the window",
+        )
+    if len(inside) < at_least:
+        raise UserError(
+            f"{at_least} steps are to take noise, and only {len(inside)} of the {count} can",
+            where="algorithm.noise_window",
+            fix=f"set {len(inside)} or less, or 0 for all of them",
         )
     return inside
 

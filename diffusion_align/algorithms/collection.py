@@ -63,6 +63,7 @@ def collect_samples(
     options: CollectionOptions,
     keep: Literal["all", "final"] = "all",
     group: Group | None = None,
+    noisy: Tensor | None = None,
 ) -> Collection:
     """Sample and score one iteration in chunks of `sampling.batch_size`.
 
@@ -109,6 +110,12 @@ def collect_samples(
                 reduction=reduction,
                 batch_size=size,
                 keep=keep,
+                noisy=None if noisy is None else noisy[share.places[list(rows)]],
+                starts=(
+                    plan.shared_streams([mine[row] for row in rows], iteration)
+                    if options.shared_noise
+                    else None
+                ),
             )
             if not chunk:
                 break

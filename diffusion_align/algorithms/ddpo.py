@@ -97,9 +97,15 @@ class DDPO:
         )
         stochastic = self._likelihood.stochastic_steps()
         check_sampling(o, self.sampling, self._likelihood.schedule.family, len(stochastic))
-        self._steps = in_window(stochastic, self.sampling.steps, o.window_start, o.window_end)
+        self._steps = in_window(
+            stochastic,
+            self.sampling.steps,
+            o.window_start,
+            o.window_end,
+            at_least=o.noise_window,
+        )
         refuse_dropout(policy.denoiser)
-        self._trained_steps = o.drawn(len(self._steps))
+        self._trained_steps = o.drawn(o.noisy(len(self._steps)))
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
         self._online = Online(prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
@@ -130,6 +136,11 @@ class DDPO:
             UserError: no reward at all, or the replay check failed.
         """
         o = self.options
+        steps, noisy = self._steps, None
+        if o.noise_window:
+            steps = self._online.plan.windows(iteration, self._steps, o.noise_window)
+            nowhere = torch.zeros(len(steps), self.sampling.steps, dtype=torch.bool)
+            noisy = nowhere.scatter(1, steps, True)
         collected = collect_samples(
             self.policy,
             self.reward,
@@ -141,6 +152,7 @@ class DDPO:
             listener=self.listener,
             options=o,
             group=self.group,
+            noisy=noisy,
         )
         trajectory = collected.trajectory
         cond = trajectory.cond
@@ -156,7 +168,7 @@ class DDPO:
             advantages=learnt.to(trajectory.latents.device),
             sample_orders=self._online.plan.minibatch_orders(iteration, o.inner_epochs),
             step_orders=self._online.plan.timestep_orders(
-                iteration, o.inner_epochs, self._steps, self._trained_steps
+                iteration, o.inner_epochs, steps, self._trained_steps
             ),
             metrics={},
             samples=collected.samples,

@@ -52,6 +52,13 @@ class CollectionOptions:
     advantage_clip: float = field(
         default=5.0, metadata={"doc": "advantages are limited to plus and minus this"}
     )
+    shared_noise: bool = field(
+        default=False,
+        metadata={
+            "doc": "the samples of a prompt begin with the same noise, so that they differ by the "
+            "steps' noise alone"
+        },
+    )
     reward_overlap: bool | None = field(
         default=None,
         metadata={
@@ -163,6 +170,14 @@ class DDPOOptions(CollectionOptions):
         default=1.0,
         metadata={"doc": "share of the steps, from noise on, at which those trained on end"},
     )
+    noise_window: int = field(
+        default=0,
+        metadata={
+            "doc": "so many consecutive steps of a sample take noise and are trained on, the "
+            "others are deterministic; where they lie is drawn anew for each prompt of an "
+            "iteration; 0 = every step takes noise"
+        },
+    )
     advantage_floor: float = field(
         default=0.0,
         metadata={
@@ -193,7 +208,7 @@ class DDPOOptions(CollectionOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "lie in (0, 1]", lambda share: 0 < share <= 1, "timestep_fraction")
-        at_least(self, 0, "kl_weight", "advantage_floor")
+        at_least(self, 0, "kl_weight", "advantage_floor", "noise_window")
         require(self, "lie in [0, 1]", lambda share: 0 <= share <= 1, "window_start", "window_end")
         if self.window_start >= self.window_end:
             raise OptionError(
@@ -217,7 +232,11 @@ class DDPOOptions(CollectionOptions):
         """
         inside = window(sampling_steps, self.window_start, self.window_end)
         noisy = min(inside.stop, sampling_steps - 1) - inside.start
-        return self.drawn(noisy) if noisy > 0 else 0
+        return self.drawn(self.noisy(noisy)) if noisy > 0 else 0
+
+    def noisy(self, steps: int) -> int:
+        """How many of a sample's `steps` that could take noise do."""
+        return min(self.noise_window or steps, steps)
 
     def drawn(self, steps: int) -> int:
         """How many of a sample's `steps` that could be trained on are: `timestep_fraction`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ from diffusion_align.sampling.seeds import Purpose, stream
 # and key the draws that belong to an iteration (or a pass over the prompts) as a whole.
 _MINIBATCH_ORDER = 2**30
 _PROMPT_ORDER = 2**30 + 1
+# A prompt's window is keyed by a sample's number beyond any.
+_WINDOW = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,10 @@ class Plan:
         """Each item's own noise: initial latent first, then one draw per stochastic step."""
         return self._item_streams("rollout", items, iteration)
 
+    def shared_streams(self, items: Sequence[Item], iteration: int) -> list[Generator]:
+        """The first noise of each item where those of a prompt have it in common."""
+        return self._item_streams("rollout", [replace(item, sample=0) for item in items], iteration)
+
     def noise_streams(self, items: Sequence[Item], iteration: int) -> list[Generator]:
         """The noise that each item's clean latent is trained under: one draw per inner epoch."""
         return self._item_streams("train-noise", items, iteration)
@@ -72,15 +78,28 @@ class Plan:
         orders = [torch.from_numpy(generator.permutation(len(self))) for _ in range(epochs)]
         return torch.stack(orders)
 
-    def timestep_orders(self, iteration: int, epochs: int, steps: Tensor, keep: int) -> Tensor:
-        """Each sample's trained steps: the first `keep` of its own permutation of `steps`.
+    def windows(self, iteration: int, steps: Tensor, length: int) -> Tensor:
+        """`length` consecutive ones of `steps` (long [S]) for each sample: long [N, length].
 
-        steps: long [S]; returns long [epochs, N, keep]. *Source:* ddpo-pytorch, which permutes
-        each sample's timesteps independently and trains on the first ones.
+        Samples of one prompt, which are compared with one another, have the same.
         """
-        choices = steps.cpu().numpy()
+        starts = {}
+        for position in range(self.prompts_per_iteration):
+            generator = self._timestep_stream(iteration, position, _WINDOW)
+            starts[position] = int(generator.integers(len(steps) - length + 1))
+        return torch.stack(
+            [steps[(s := starts[item.position]) : s + length] for item in self.items(iteration)]
+        )
+
+    def timestep_orders(self, iteration: int, epochs: int, steps: Tensor, keep: int) -> Tensor:
+        """Each sample's trained steps: the first `keep` of its own permutation of its `steps`.
+
+        steps: long [S] for all, or [N, S]; returns long [epochs, N, keep]. *Source:* ddpo-pytorch,
+        which permutes each sample's timesteps independently and trains on the first ones.
+        """
+        choice = steps.cpu().expand(len(self), -1).numpy()
         drawn = []
-        for item in self.items(iteration):
+        for item, choices in zip(self.items(iteration), choice):
             generator = self._timestep_stream(iteration, item.position, item.sample)
             drawn.append(
                 [torch.from_numpy(generator.permutation(choices)[:keep]) for _ in range(epochs)]

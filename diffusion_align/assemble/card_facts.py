@@ -43,6 +43,7 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         trained_on,
         training_prompts,
     )
+    from diffusion_align.evaluation.generate import evaluation_sampling
     from diffusion_align.policy.catalogue import resolve
     from diffusion_align.publish.card import Card
     from diffusion_align.publish.contents import COMFYUI_FILE
@@ -51,7 +52,7 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
     info, method = resolve(config.model.id), catalogue.resolve(config.algorithm.name)
     learnt = [prompt.text for prompt in training_prompts(config)]
     examples = [prompt.text for prompt in heldout_prompts(config)[:1]]
-    sampling, names = config.sampling, trained_on(config)
+    drawn, names = evaluation_sampling(config.sampling, config.evaluation), trained_on(config)
     shown = shown_names([*scored_with(config), *names])
     return Card(
         name=redact(Path(str(config.output)).name),
@@ -68,13 +69,13 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         trained_on=tuple(shown[name] for name in names),
         comparison=read_summary(tuned.folder / "summary.json"),
         settings=tuple(_settings(config)),
-        steps=sampling.steps or info.steps,
-        guidance_scale=(
-            info.guidance_scale if sampling.guidance_scale is None else sampling.guidance_scale
-        ),
-        eta=config.evaluation.eta,
-        height=sampling.height or info.height,
-        width=sampling.width or info.width,
+        steps=drawn.steps or info.steps,
+        guidance_scale=info.guidance_scale
+        if drawn.guidance_scale is None
+        else drawn.guidance_scale,
+        eta=drawn.eta,
+        height=drawn.height or info.height,
+        width=drawn.width or info.width,
         example=redact(" ".join(examples)),
         comfyui=kind == "lora" and (tuned.folder / COMFYUI_FILE).is_file(),
         check=check,

@@ -48,20 +48,19 @@ class Drawing:
     def sampling(self, run: RunConfig | None) -> SamplingOptions:
         """These settings over those of the evaluation of `run`; deterministic without a run."""
         from diffusion_align.evaluation.generate import evaluation_sampling
+        from diffusion_align.evaluation.options import EvaluationOptions
         from diffusion_align.sampling.options import SamplingOptions
 
-        eta = self.eta
-        if eta is None:
-            eta = run.evaluation.eta if run else 0.0
-        known = evaluation_sampling(
-            run.sampling if run else SamplingOptions(), eta=eta, batch_size=self.batch_size
-        )
-        return replace(
+        known = run.evaluation if run else EvaluationOptions()
+        guidance = self.guidance_scale
+        chosen = replace(
             known,
             steps=known.steps if self.steps is None else self.steps,
-            guidance_scale=(
-                known.guidance_scale if self.guidance_scale is None else self.guidance_scale
-            ),
+            guidance_scale=known.guidance_scale if guidance is None else guidance,
+            eta=known.eta if self.eta is None else self.eta,
+        )
+        return evaluation_sampling(
+            run.sampling if run else SamplingOptions(), chosen, batch_size=self.batch_size
         )
 
     def loading(self, model: str, run: RunConfig | None) -> dict[str, Any]:

@@ -156,9 +156,7 @@ def compare_run(
         output=run.result.folder / "final",
         trained_on=[shown[name] for name in learnt],
         seeds=options.seeds,
-        sampling=evaluation_sampling(
-            config.sampling, eta=options.eta, batch_size=run.at_once or options.batch_size
-        ),
+        sampling=evaluation_sampling(config.sampling, options, batch_size=run.at_once),
         run_seed=config.seed,
         tuned_name=run_name(run.result.folder),
         training_prompts=[prompt.text for prompt in training_prompts(config)],

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from diffusion_align.data.images import to_uint8
 from diffusion_align.data.prompts import Prompt
+from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.sampling.options import ResolvedSampling, SamplingOptions, resolve_sampling
 from diffusion_align.sampling.rollout import rollout
 from diffusion_align.sampling.seeds import stream
@@ -49,14 +50,21 @@ class Pictures:
 
 
 def evaluation_sampling(
-    sampling: SamplingOptions, *, eta: float, batch_size: int
+    sampling: SamplingOptions, options: EvaluationOptions, *, batch_size: int | None = None
 ) -> SamplingOptions:
-    """The sampling of an evaluation: as in training, but with this `eta`.
+    """The sampling of an evaluation: as in training, but for what `options` say of it.
 
     `eta = 0` is deterministic in both families (DDIM; the flow's ODE).
     """
-    kind = "ode" if eta == 0.0 else sampling.flow_kind
-    return replace(sampling, eta=eta, batch_size=batch_size, flow_kind=kind)
+    guidance = options.guidance_scale
+    return replace(
+        sampling,
+        steps=sampling.steps if options.steps is None else options.steps,
+        guidance_scale=sampling.guidance_scale if guidance is None else guidance,
+        eta=options.eta,
+        flow_kind="ode" if options.eta == 0.0 else sampling.flow_kind,
+        batch_size=batch_size or options.batch_size,
+    )
 
 
 def generate(

@@ -45,11 +45,23 @@ class EvaluationOptions:
         default=0.0,
         metadata={"doc": "noise of the sampler while evaluating; 0 is deterministic (DDIM, ODE)"},
     )
+    steps: int | None = field(
+        default=None,
+        metadata={"doc": "denoising steps while evaluating; null = as many as in training"},
+    )
+    guidance_scale: float | None = field(
+        default=None,
+        metadata={
+            "doc": "guidance while evaluating; null = as in training. What was trained without "
+            "guidance may well be used with it"
+        },
+    )
     report: bool = field(
         default=True,
         metadata={"doc": "whether a run ends with the comparison in its final/"},
     )
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "limit", "seeds", "sample_prompts", "batch_size")
+        at_least(self, 1, "limit", "seeds", "sample_prompts", "batch_size", "steps")
+        at_least(self, 0, "guidance_scale")
         require(self, "lie in [0, 1]", lambda eta: 0 <= eta <= 1, "eta")

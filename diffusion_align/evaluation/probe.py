@@ -43,8 +43,8 @@ class Probe:
         policy: the policy in training; it is left as it was.
         prompts: evaluation prompts; the first `options.sample_prompts` are used.
         rewards: name -> scorer, scored on the pictures; may be empty.
-        options: seeds, batch size and eta of the evaluation.
-        sampling: of the training; `options` overrides its eta and batch size.
+        options: seeds, batch size and sampler of the evaluation.
+        sampling: of the training; what `options` say of steps, guidance, eta comes first.
         run_seed: chooses the evaluation noise.
     """
 
@@ -63,9 +63,7 @@ class Probe:
         self._policy, self._rewards, self._run_seed = policy, rewards, run_seed
         self._prompts = [p if isinstance(p, Prompt) else Prompt(p) for p in chosen]
         self._seeds = options.seeds
-        self._sampling = evaluation_sampling(
-            sampling or SamplingOptions(), eta=options.eta, batch_size=options.batch_size
-        )
+        self._sampling = evaluation_sampling(sampling or SamplingOptions(), options)
         self._base: Pictures | None = None
         self._latest: tuple[int, Pictures] | None = None
         self._scored: tuple[int, dict[str, Floats]] | None = None

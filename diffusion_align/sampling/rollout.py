@@ -31,7 +31,7 @@ class Trajectory:
     Args:
         latents: float32 [B, S+1, *latent], x_T first and x_0 last; [B, 1, *latent] holding x_0
             alone when the rollout kept only that.
-        log_probs: float32 [B, S] of log p(x_{i+1} | x_i); NaN on steps without noise, and
+        log_probs: float32 [B, S] of log p(x_{i+1} | x_i); NaN on steps that took no noise, and
             everywhere when only x_0 was kept.
         cond: what the B items were conditioned on.
         schedule: of S steps.
@@ -75,11 +75,13 @@ def rollout(
     reduction: Literal["mean", "sum"] = "mean",
     batch_size: int = 32,
     keep: Literal["all", "final"] = "all",
+    noisy: Tensor | None = None,
+    starts: Sequence[np.random.Generator] | None = None,
 ) -> Trajectory:
     """Sample B items, `batch_size` at a time.
 
-    Each item draws its initial latent first and then one noise per step that has any, from its own
-    stream, so that the picture is the same whatever the batch size (to rounding; bit for bit at
+    Each item draws its initial latent first and then one noise per step that takes any, from its
+    own stream, so that the picture is the same whatever the batch size (to rounding; bit for bit at
     the same batch shape).
 
     Args:
@@ -93,6 +95,10 @@ def rollout(
         reduction: unit of the log-probabilities, over the latent's dimensions.
         batch_size: items per denoiser call.
         keep: "all" for training; "final" keeps x_0 alone and computes no likelihood.
+        noisy: bool [B, S], which steps of each item take noise where the schedule has any; the
+            others are the deterministic step (eta 0, flow_kind ode). None means all.
+        starts: B streams, fresh, that draw the initial latents in place of `streams`, which draw
+            theirs all the same: items that share a start differ by the steps' noise alone.
 
     Returns:
         A trajectory on the policy's device.
@@ -102,9 +108,9 @@ def rollout(
     if batch_size < 1:
         raise ValueError(f"batch_size {batch_size} is not at least 1")
     items, steps, shape = len(cond), len(schedule), cond.latent_shape
-    noisy = set(
-        schedule.stochastic_steps(eta=eta, flow_kind=flow_kind, noise_level=noise_level).tolist()
-    )
+    std = schedule.std(eta=eta, flow_kind=flow_kind, noise_level=noise_level)
+    stochastic = std > 0
+    takes_noise = stochastic.expand(items, steps) if noisy is None else stochastic & noisy.cpu()
     kept = torch.empty((items, steps + 1 if keep == "all" else 1, *shape), device=policy.device)
     log_probs = torch.full((items, steps), torch.nan, device=policy.device)
     for start in range(0, items, batch_size):
@@ -113,7 +119,10 @@ def rollout(
         whole = rows.stop - rows.start == items
         part = cond if whole else cond.take(range(rows.start, rows.stop))
         sources = streams[rows]
-        x = policy.initial_noise(normal(sources, shape).to(policy.device))
+        first = normal(sources, shape)
+        if starts is not None:
+            first = normal(starts[rows], shape)
+        x = policy.initial_noise(first.to(policy.device))
         if keep == "all":
             kept[rows, 0] = x
         for i in range(steps):
@@ -123,14 +132,33 @@ def rollout(
             step = schedule.step(
                 prediction, x, i, eta=eta, flow_kind=flow_kind, noise_level=noise_level
             )
-            if i in noisy:
-                x = step.sample(normal(sources, shape).to(policy.device))
-                if keep == "all":
-                    log_probs[rows, i] = step.log_prob(x, reduction)
-            else:
+            wanted = takes_noise[rows, i]
+            if not stochastic[i]:
                 x = step.mean
+            elif bool(wanted.all()):
+                x = step.sample(normal(sources, shape).to(policy.device))
+            else:
+                quiet = schedule.step(prediction, x, i, eta=0.0, flow_kind="ode").mean
+                x = torch.where(
+                    wanted.view(-1, *[1] * len(shape)).to(policy.device),
+                    step.sample(_some_normal(sources, shape, wanted).to(policy.device)),
+                    quiet,
+                )
+            if keep == "all" and bool(wanted.any()):
+                log_prob = step.log_prob(x, reduction)
+                log_probs[rows, i] = log_prob.where(wanted.to(policy.device), torch.nan)
             if keep == "all":
                 kept[rows, i + 1] = x
         if keep == "final":
             kept[rows, 0] = x
     return Trajectory(kept, log_probs, cond, schedule)
+
+
+def _some_normal(
+    streams: Sequence[np.random.Generator], shape: Sequence[int], wanted: Tensor
+) -> Tensor:
+    """Standard normal noise [B, *shape] of the streams that are `wanted` (bool [B]), else 0."""
+    noise = torch.zeros((len(streams), *shape))
+    drawing = [source for source, draws in zip(streams, wanted.tolist()) if draws]
+    noise[wanted] = normal(drawing, shape)
+    return noise

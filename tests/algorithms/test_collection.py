@@ -85,6 +85,8 @@ def test_every_setting_of_sampling_is_the_one_that_was_asked_for(
             "reduction": "mean",
             "keep": "all",
             "batch_size": 2,
+            "noisy": None,
+            "starts": None,
         }
 
 

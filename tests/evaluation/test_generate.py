@@ -9,6 +9,7 @@ import torch
 
 from diffusion_align.data.prompts import Prompt
 from diffusion_align.evaluation.generate import evaluation_sampling, generate
+from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.sampling.options import SamplingOptions
 from diffusion_align.sampling.seeds import normal, stream
 
@@ -100,7 +101,16 @@ def test_no_gradient_and_no_global_random_state_are_touched(fake_policy: Any) ->
 
 def test_evaluation_at_eta_zero_is_deterministic_in_both_families() -> None:
     training = SamplingOptions(steps=9, eta=1.0, batch_size=4, flow_kind="sde")
-    plain = evaluation_sampling(training, eta=0.0, batch_size=16)
+    plain = evaluation_sampling(training, EvaluationOptions(eta=0.0, batch_size=16))
     assert (plain.steps, plain.eta, plain.flow_kind, plain.batch_size) == (9, 0.0, "ode", 16)
-    noisy = evaluation_sampling(training, eta=0.5, batch_size=16)
-    assert (noisy.eta, noisy.flow_kind) == (0.5, "sde")
+    noisy = evaluation_sampling(training, EvaluationOptions(eta=0.5), batch_size=3)
+    assert (noisy.eta, noisy.flow_kind, noisy.batch_size) == (0.5, "sde", 3)
+
+
+def test_an_evaluation_has_the_steps_and_guidance_of_the_training_unless_it_says_its_own() -> None:
+    training = SamplingOptions(steps=9, guidance_scale=1.0)
+    same = evaluation_sampling(training, EvaluationOptions())
+    own = evaluation_sampling(training, EvaluationOptions(steps=40, guidance_scale=4.5))
+    assert (same.steps, same.guidance_scale) == (9, 1.0)
+    assert (own.steps, own.guidance_scale) == (40, 4.5)
+    assert evaluation_sampling(SamplingOptions(), EvaluationOptions()).steps is None

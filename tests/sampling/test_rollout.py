@@ -218,3 +218,34 @@ def test_options_left_out_are_the_models_own() -> None:
 def test_options_out_of_range_are_named(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"^{next(iter(change))}: must"):
         SamplingOptions(**change)
+
+
+def test_steps_without_their_noise_are_those_of_the_deterministic_sampler(policy: Policy) -> None:
+    """Item by item: one with noise nowhere, one everywhere, two with windows of their own."""
+    noisy = torch.zeros(4, 5, dtype=torch.bool)
+    noisy[1], noisy[2, 1:3], noisy[3, 2] = True, True, True
+    mixed = sample(policy, [0, 1, 3, 4], noisy=noisy, eta=1.0)
+    plain, full = sample(policy, [0, 1, 3, 4], eta=0.0), sample(policy, [0, 1, 3, 4], eta=1.0)
+    for row, expected in ((0, plain), (1, full)):
+        torch.testing.assert_close(mixed.latents[row], expected.latents[row], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(mixed.latents[2, :2], plain.latents[2, :2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(mixed.latents[2, 2], plain.latents[2, 2], atol=1e-2)
+    assert torch.equal(~mixed.log_probs[:, :4].isnan(), noisy[:, :4])
+    for row, item in enumerate([0, 1, 3, 4]):
+        alone = sample(policy, [item], noisy=noisy[row : row + 1], eta=1.0)
+        torch.testing.assert_close(mixed.latents[row], alone.latents[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            mixed.log_probs[row], alone.log_probs[0], atol=1e-5, rtol=1e-5, equal_nan=True
+        )
+
+
+def test_items_that_share_a_start_differ_by_the_noise_of_their_steps_alone(policy: Policy) -> None:
+    def starts() -> list[np.random.Generator]:
+        return [stream(1, "rollout", iteration=0, position=0, sample=0) for _ in range(2)]
+
+    own, together = sample(policy, [0, 2]), sample(policy, [0, 2], starts=starts())
+    assert torch.equal(together.latents[0, 0], together.latents[1, 0])
+    torch.testing.assert_close(together.latents[0], own.latents[0])
+    assert not torch.allclose(together.x_0[0], together.x_0[1], atol=1e-2)
+    still = sample(policy, [0, 2], starts=starts(), noisy=torch.zeros(2, 5, dtype=torch.bool))
+    torch.testing.assert_close(still.x_0[0], still.x_0[1], atol=1e-5, rtol=1e-5)
