@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.ddpo import DDPO
+    from diffusion_align.algorithms.draft import Draft
+    from diffusion_align.algorithms.draft_options import DraftOptions
     from diffusion_align.algorithms.options import DDPOOptions
     from diffusion_align.algorithms.reward_options import RewardOptions
     from diffusion_align.algorithms.reward_training import RewardTraining
@@ -28,6 +30,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "DDPO": "diffusion_align.algorithms.ddpo",
     "DDPOOptions": "diffusion_align.algorithms.options",
+    "Draft": "diffusion_align.algorithms.draft",
+    "DraftOptions": "diffusion_align.algorithms.draft_options",
     "GuardOptions": "diffusion_align.training.guard_options",
     "Policy": "diffusion_align.policy",
     "RWR": "diffusion_align.algorithms.rwr",
@@ -44,6 +48,8 @@ _HOMES = {
 __all__ = [
     "DDPO",
     "DDPOOptions",
+    "Draft",
+    "DraftOptions",
     "GuardOptions",
     "Policy",
     "RWR",

@@ -14,7 +14,16 @@ import typer
 from typer.core import TyperGroup
 
 from diffusion_align import __version__
-from diffusion_align.commands import check, doctor, listing, pictures, publish, scoring, training
+from diffusion_align.commands import (
+    check,
+    doctor,
+    listing,
+    pictures,
+    publish,
+    scoring,
+    sweep,
+    training,
+)
 from diffusion_align.errors import UserError
 from diffusion_align.reporting.redaction import redact
 from diffusion_align.reporting.streams import redact_standard_streams
@@ -83,6 +92,7 @@ app.command(rich_help_panel=_RUN)(check.check)
 app.command(rich_help_panel=_RUN)(pictures.sample)
 app.command(rich_help_panel=_RUN)(scoring.score)
 app.command(rich_help_panel=_RUN)(pictures.compare)
+app.command(rich_help_panel=_RUN)(sweep.sweep)
 app.command(rich_help_panel=_RUN)(publish.merge)
 app.command(rich_help_panel=_RUN)(publish.push)
 app.command(rich_help_panel=_LOOK)(listing.rewards)

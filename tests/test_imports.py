@@ -35,6 +35,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "reward_models.small_world",
         "reward_models.user_code",
         "reward_models.base",
+        # tables that name pictures and their captions
+        "reward_models.inputs",
+        "reward_models.table_files",
     ),
     "diffusion_align.policy": ("diffusion_align.diffusion",),
     "diffusion_align.sampling": ("diffusion_align.diffusion", "diffusion_align.policy"),
@@ -87,6 +90,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "reward_models.catalogue",
         "diffusion_align.algorithms.options",
         "diffusion_align.algorithms.reward_options",
+        "diffusion_align.algorithms.supervised_options",
         "diffusion_align.data.judgement_options",
         "diffusion_align.evaluation.options",
         "diffusion_align.policy.options",

@@ -8,6 +8,8 @@ from typing import Any
 _EXPORTS = {
     "DDPO": "ddpo",
     "DDPOOptions": "options",
+    "Draft": "draft",
+    "DraftOptions": "draft_options",
     "RWR": "rwr",
     "RWROptions": "rwr_options",
     "ALGORITHMS": "catalogue",

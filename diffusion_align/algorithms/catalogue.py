@@ -18,6 +18,8 @@ class Needs:
     old_policy: bool = False
     reference: bool = False
     differentiable_reward: bool = False
+    chained_losses: bool = False
+    """Each loss is made of the gradient of the one before: nothing may scale them on the way."""
 
     def words(self) -> str:
         """The needs as text for a table, for example ``trajectory, reference``."""
@@ -57,6 +59,14 @@ ALGORITHMS: dict[str, AlgorithmInfo] = {
         description="denoising regression on its own samples, weighted by reward; any reward",
         source="Black et al. 2023, arXiv 2305.13301; Lee et al. 2023, arXiv 2302.12192",
         needs=Needs(clean_latents=True),
+    ),
+    "draft": AlgorithmInfo(
+        name="draft",
+        target="diffusion_align.algorithms.draft:Draft",
+        options="diffusion_align.algorithms.draft_options:DraftOptions",
+        description="the reward's own gradient: DRaFT, -K, -LV, AlignProp, ReFL, DRTune, VADER",
+        source="Clark et al. 2023, arXiv 2309.17400",
+        needs=Needs(differentiable_reward=True, chained_losses=True),
     ),
     "reward": AlgorithmInfo(
         name="reward",

@@ -169,6 +169,7 @@ def encode(
         guidance_scale=guidance_scale,
         height=sampling.height,
         width=sampling.width,
+        frames=sampling.frames,
     )
     row_of = {key: row for row, key in enumerate(distinct)}
     return cond.take([row_of[prompt.text, prompt.negative] for prompt in prompts])

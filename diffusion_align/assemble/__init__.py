@@ -1,7 +1,8 @@
 """The only place that turns resolved settings into objects: policy, rewards, algorithm, evaluation.
 
 `loading` makes single objects, `run` trains what a config describes and compares it with its
-beginning, `reward_run` trains a reward, `pictures` is about models and pictures that lie on disk.
+beginning, `sweeping` does so at parts of its LoRA's strength, `reward_run` trains a reward,
+`pictures` is about models and pictures that lie on disk.
 Rooms never see a config; here their constructors get plain arguments. Everything heavy is imported
 inside the functions, and the names below on first use (PEP 562), so that importing any of this
 costs nothing.
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from diffusion_align.assemble.publishing import merge_run, prepare_upload
     from diffusion_align.assemble.reward_run import TrainedReward, load_judgements, train_reward
     from diffusion_align.assemble.run import TrainedRun, compare_run, train_run
+    from diffusion_align.assemble.sweeping import sweep_folder, sweep_run
 
 _HOMES = {
     "Drawing": "pictures",
@@ -38,6 +40,8 @@ _HOMES = {
     "load_tuned": "loading",
     "sample_pictures": "pictures",
     "score_pictures": "pictures",
+    "sweep_folder": "sweeping",
+    "sweep_run": "sweeping",
     "train_reward": "reward_run",
     "train_run": "run",
 }
@@ -56,6 +60,8 @@ __all__ = [
     "prepare_upload",
     "sample_pictures",
     "score_pictures",
+    "sweep_folder",
+    "sweep_run",
     "train_reward",
     "train_run",
 ]

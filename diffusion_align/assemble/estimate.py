@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING
 
 from diffusion_align.assemble.dry_run import PHASES, DryRun, dry_run
 from diffusion_align.assemble.named import scored_with
-from diffusion_align.assemble.one_update import Amount, amount, cut_to_one_update
+from diffusion_align.assemble.one_update import (
+    Amount,
+    amount,
+    cut_to_one_update,
+    refuse_estimate,
+)
 from diffusion_align.assemble.reward_memory import FLOAT, bytes_of_rewards, small_rewards
 
 if TYPE_CHECKING:
@@ -71,6 +76,7 @@ def estimate(config: RunConfig) -> Estimate:
     """
     from diffusion_align.policy.catalogue import resolve
 
+    refuse_estimate(config)
     info = resolve(config.model.id)
     cut = cut_to_one_update(config, info)
     rewards = small_rewards(config)

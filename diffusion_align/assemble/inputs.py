@@ -28,6 +28,7 @@ INPUTS = "inputs.json"
 TOLD = ("evaluation.prompts", "evaluation.rewards", "reward (code)")
 _WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth")
 _OF_A_MODEL = (*_WEIGHTS, ".json", ".txt", ".model")
+_CAPTIONS = (".txt", ".jsonl", ".ndjson", ".csv", ".parquet")
 _MEBIBYTE = 1 << 20
 WHOLE = 64 * _MEBIBYTE
 """A larger file is known by its size and by `BLOCKS` of a mebibyte each, spread over it."""
@@ -106,6 +107,8 @@ def _files(config: RunConfig | RewardRunConfig) -> Iterator[tuple[str, str, list
     if _is_file(config.evaluation.prompts):
         prompts = str(config.evaluation.prompts)
         yield "evaluation.prompts", prompts, [Path(prompts)]
+    if config.supervised is not None:
+        yield from _captions(config.supervised.pictures)
     model = Path(config.model.id).expanduser()
     if model.is_dir():
         inside = [path for path in model.glob("*/**/*") if path.suffix in _OF_A_MODEL]
@@ -117,6 +120,14 @@ def _files(config: RunConfig | RewardRunConfig) -> Iterator[tuple[str, str, list
         yield "lora.path", config.lora.path, files
     yield from _of_rewards("reward", [config.reward])
     yield from _of_rewards("evaluation.rewards", config.evaluation.rewards)
+
+
+def _captions(pictures: str) -> Iterator[tuple[str, str, list[Path]]]:
+    """Tables and texts with captions; the pictures themselves are not looked at."""
+    path = Path(pictures).expanduser()
+    inside = [f for f in path.rglob("*") if f.suffix in _CAPTIONS] if path.is_dir() else [path]
+    if files := [file for file in inside if file.is_file()]:
+        yield "supervised.pictures", pictures, files
 
 
 def _of_rewards(key: str, names: object) -> Iterator[tuple[str, str, list[Path]]]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.base import Algorithm
+    from diffusion_align.algorithms.supervised import Supervised
     from diffusion_align.config import RunConfig
     from diffusion_align.data.prompts import Prompt
     from diffusion_align.policy import Policy
@@ -99,6 +100,7 @@ def load_algorithm(
     from diffusion_align.algorithms import catalogue
 
     build = catalogue.load(catalogue.resolve(config.algorithm.name).target)
+    supervised = _supervised(config, policy)
     algorithm: Algorithm[Any, Any] = build(
         policy,
         reward,
@@ -106,5 +108,25 @@ def load_algorithm(
         options=config.algorithm.options,
         sampling=config.sampling,
         seed=config.seed,
+        **({"supervised": supervised} if supervised else {}),
     )
     return algorithm
+
+
+def _supervised(config: RunConfig, policy: Policy) -> Supervised | None:
+    """The supervised step that a config asks for."""
+    if config.supervised is None:
+        return None
+    from diffusion_align.algorithms.supervised import Supervised
+    from diffusion_align.sampling.options import resolve_sampling
+
+    sampling = resolve_sampling(config.sampling, policy.info)
+    height, width = sampling.height, sampling.width
+    return Supervised(
+        policy,
+        config.supervised,
+        schedule=policy.schedule(sampling.steps, height=height, width=width),
+        seed=config.seed,
+        height=height,
+        width=width,
+    )

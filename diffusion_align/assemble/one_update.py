@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
+    from diffusion_align.algorithms.draft_options import DraftOptions
     from diffusion_align.algorithms.options import CollectionOptions
     from diffusion_align.config import RunConfig
     from diffusion_align.policy.catalogue import ModelInfo
@@ -41,7 +42,11 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
     Raises:
         UserError: an algorithm that samples no trajectories, or held-out prompts that are missing.
     """
+    from diffusion_align.algorithms.draft_options import DraftOptions
+
     options, steps = _options(config), config.sampling.steps or info.steps
+    if isinstance(options, DraftOptions):
+        return _cut_chain(config, options)
     trained, group = options.trained_steps(steps), options.timesteps_per_loss
     # Two losses find gradients in place; so does the second of two accumulated minibatches.
     wanted = min(2 * group, trained)
@@ -64,6 +69,40 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
     )
 
 
+def _cut_chain(config: RunConfig, options: DraftOptions) -> RunConfig:
+    """One update of fewer samples. The steps stay: which of them carry a gradient hangs on them."""
+    wanted = max(min(config.sampling.batch_size, options.samples), options.train_batch_size)
+    prompts = next(
+        count
+        for count in range(1, options.prompts_per_iteration + 1)
+        if (n := count * options.samples_per_prompt) >= wanted and n % options.train_batch_size == 0
+    )
+    fewer = replace(options, prompts_per_iteration=prompts)
+    return replace(
+        config,
+        algorithm=replace(config.algorithm, options=fewer),
+        train=replace(config.train, steps=1, accumulation=fewer.minibatches),
+        evaluation=replace(config.evaluation, sample_prompts=_looked_at(config)),
+    )
+
+
+def refuse_estimate(config: RunConfig) -> None:
+    """Stop where a dry run, which has shapes and no numbers, cannot follow.
+
+    Raises:
+        UserError: the algorithm decides by numbers on the way.
+    """
+    from diffusion_align.algorithms.draft_options import DraftOptions
+
+    if isinstance(config.algorithm.options, DraftOptions):
+        raise UserError(
+            f"what {config.algorithm.name} needs cannot be estimated: whether a gradient arrives "
+            "is decided by numbers, and a dry run has none",
+            where="algorithm.name",
+            fix="measure one update with `diffusion-align check`, and set memory=low or high",
+        )
+
+
 def _looked_at(config: RunConfig) -> int:
     """How many prompts fill a batch of pictures on the way or, where it is made, of the report."""
     from diffusion_align.assemble.named import heldout_prompts
@@ -77,19 +116,21 @@ def amount(config: RunConfig, info: ModelInfo) -> Amount:
     """What an iteration of `config` does."""
     options, steps = _options(config), config.sampling.steps or info.steps
     trained = options.trained_steps(steps)
+    epochs = getattr(options, "inner_epochs", 1)
     return Amount(
         samples=options.samples,
         steps=steps,
-        pairs=options.samples * trained * options.inner_epochs,
+        pairs=options.samples * trained * epochs,
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
 
 
-def _options(config: RunConfig) -> CollectionOptions:
+def _options(config: RunConfig) -> CollectionOptions | DraftOptions:
+    from diffusion_align.algorithms.draft_options import DraftOptions
     from diffusion_align.algorithms.options import CollectionOptions
 
     options = config.algorithm.options
-    if not isinstance(options, CollectionOptions):
+    if not isinstance(options, CollectionOptions | DraftOptions):
         raise UserError(
             f"what {config.algorithm.name} needs cannot be estimated: it samples no pictures",
             where="algorithm.name",

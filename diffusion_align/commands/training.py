@@ -58,7 +58,8 @@ def train(
         _run_reward(chosen, resume=resume, new=new)
         return
     if no_compare:
-        chosen = replace(chosen, evaluation=replace(chosen.evaluation, report=False))
+        without = replace(chosen.evaluation, report=False, scale_sweep=())
+        chosen = replace(chosen, evaluation=without)
     _run(chosen, resume=resume, new=new)
 
 
@@ -106,7 +107,7 @@ def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
     changes = _check(config, folder, resume=resume, new=new)
     final = folder / "final"
     with _interruptible(folder, new=new):
-        from diffusion_align.assemble import compare_run, train_run
+        from diffusion_align.assemble import compare_run, sweep_run, train_run
 
         run = train_run(config, resume=resume, new=new)
         if not _is_main_process():
@@ -117,16 +118,24 @@ def _run(config: RunConfig, *, resume: bool, new: bool) -> None:
             return
         # Training replaces final/. Where a report is still there, nothing was left to train, and it
         # stands unless something else was asked of it.
-        if (final / "summary.json").exists() and not any(
+        stands = (final / "summary.json").exists() and not any(
             c.startswith("evaluation.") for c in changes
-        ):
+        )
+        if stands:
             typer.echo(f"\nreport: {final / 'report.html'}")
-            return
-        with bar("comparing") as progress:
-            comparison = compare_run(config, run, progress)
-    from diffusion_align.commands.pictures import print_verdict
+        else:
+            with bar("comparing") as progress:
+                comparison = compare_run(config, run, progress)
+            from diffusion_align.commands.pictures import print_verdict
 
-    print_verdict(comparison)
+            print_verdict(comparison)
+        swept = stands and (folder / "sweep" / "sweep.json").exists()
+        if config.evaluation.scale_sweep and not swept:
+            from diffusion_align.commands.sweep import print_sweep
+
+            with bar("sweeping") as progress:
+                found = sweep_run(config, run, progress)
+            print_sweep(found)
 
 
 def _run_reward(config: RewardRunConfig, *, resume: bool, new: bool) -> None:

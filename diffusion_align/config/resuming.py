@@ -19,6 +19,7 @@ FIXED = (
     "reward",
     "data",
     "algorithm",
+    "supervised",
     "train.mixed_precision",
     "train.optimizer",
     "train.ema_decay",
@@ -47,6 +48,8 @@ FREE = (
     "algorithm.temperature",
     "algorithm.threshold",
     "algorithm.timestep_fraction",
+    "supervised.pictures_per_loss",
+    "supervised.weight",
     # reward training
     "algorithm.cache_gb",
     "algorithm.flip",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffusion_align.config.sections import RewardRunConfig, RunConfig
@@ -92,11 +93,107 @@ def _dropout(sections: Mapping[str, Any]) -> Iterator[Finding]:
     lora, algorithm = sections["lora"], sections.get(ALGORITHM)
     if lora is None or algorithm is None or lora.dropout == 0:
         return
-    if catalogue.resolve(algorithm.name).needs.trajectory:
+    needs = catalogue.resolve(algorithm.name).needs
+    if needs.trajectory or needs.chained_losses:
+        exact = "exact likelihoods" if needs.trajectory else "its own samples, run again"
         yield (
             "lora.dropout",
-            f"{algorithm.name} trains on exact likelihoods, which dropout would change",
+            f"{algorithm.name} trains on {exact}, which dropout would change",
             "set lora.dropout=0",
+        )
+
+
+def _one_update(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    """Chained losses run an iteration's chains again: with the weights that sampled them."""
+    from diffusion_align.algorithms import catalogue
+
+    algorithm = sections[ALGORITHM]
+    if not catalogue.resolve(algorithm.name).needs.chained_losses:
+        return
+    count, options = algorithm.options.minibatches, algorithm.options
+    if sections["train"].accumulation != count:
+        yield (
+            "train.accumulation",
+            f"{options.arithmetic}, and {algorithm.name} makes one update of an iteration",
+            f"set train.accumulation={count}, or algorithm.train_batch_size={options.samples}",
+        )
+
+
+def _active_steps(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    steps = sections["sampling"].steps
+    if steps is None:
+        return  # the model's own, known once it is loaded
+    try:
+        sections[ALGORITHM].options.plan.check(steps)
+    except OptionError as error:
+        yield f"{ALGORITHM}.{error.where}", error.what, error.fix
+
+
+def _half(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from diffusion_align.algorithms import catalogue
+
+    algorithm = sections.get(ALGORITHM)
+    if algorithm is None or not catalogue.resolve(algorithm.name).needs.chained_losses:
+        return
+    what = f"{algorithm.name} chains its losses: fp16 underflows, and a scaler compounds"
+    if sections["train"].mixed_precision == "fp16":
+        yield "train.mixed_precision", what, "use no, or bf16"
+    if sections["model"].dtype == "float16":
+        yield "model.dtype", what, "use bfloat16 or float32"
+
+
+def _differentiable(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from diffusion_align.algorithms import catalogue
+    from reward_models import catalogue as rewards
+
+    algorithm = sections.get(ALGORITHM)
+    if algorithm is None:
+        return
+    if not catalogue.resolve(algorithm.name).needs.differentiable_reward:
+        return
+    for name in rewards.components(sections["reward"]):
+        try:
+            row = rewards.find(name)
+        except rewards.RewardError:
+            continue  # a file or class of the user's own: known once it is loaded
+        if not row.info.differentiable:
+            known = [n for n in rewards.names() if rewards.find(n).info.differentiable]
+            yield (
+                "reward",
+                f"{name} has no gradient, and {algorithm.name} back-propagates through the reward",
+                f"those that have one: {', '.join(known)}; or use algorithm.name=ddpo",
+            )
+
+
+def _scale_sweep(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    if sections["evaluation"].scale_sweep and sections["lora"] is None:
+        yield (
+            "evaluation.scale_sweep",
+            "only a LoRA can be scaled, and this config trains the whole denoiser",
+            "leave it out, or train a LoRA",
+        )
+
+
+def _supervised(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from diffusion_align.algorithms import catalogue
+
+    options, algorithm = sections["supervised"], sections.get(ALGORITHM)
+    if options is None:
+        return
+    if algorithm and not catalogue.resolve(algorithm.name).needs.differentiable_reward:
+        yield (
+            "supervised",
+            f"{algorithm.name} takes no supervised step",
+            "it is of methods that follow a reward's gradient; leave the section out",
+        )
+        return
+    if options.pictures.partition(":")[0] == "small-world":
+        yield from _prompt_list("supervised.pictures", options.pictures)
+    elif not Path(options.pictures).expanduser().exists():
+        yield (
+            "supervised.pictures",
+            f"no such folder or table of pictures: {options.pictures}",
+            "give a folder of pictures, a .jsonl, .csv or .parquet table, or small-world",
         )
 
 
@@ -191,7 +288,13 @@ RULES = (
     Rule(("evaluation.prompts",), _held_out_prompts),
     Rule(("seed",), _seed),
     Rule(("lora.dropout",), _dropout),
+    Rule(("lora", "evaluation.scale_sweep"), _scale_sweep),
+    Rule(("supervised", "supervised.pictures"), _supervised),
     Rule((*_MINIBATCHES, "train.accumulation"), _accumulation),
+    Rule((*_MINIBATCHES[:3], "train.accumulation"), _one_update),
+    Rule(("train.mixed_precision", "model.dtype"), _half),
+    Rule(("reward",), _differentiable),
+    Rule((f"{ALGORITHM}.active_steps", "sampling.steps"), _active_steps),
 )
 
 REWARD_RULES = (

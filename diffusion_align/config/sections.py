@@ -1,7 +1,7 @@
 """The sections of a config: one frozen dataclass per kind of run, made of the rooms' own options.
 
-    a policy:  model, lora, prompts, sampling, reward, algorithm, train, guards, evaluation, seed,
-               output
+    a policy:  model, lora, prompts, sampling, reward, algorithm, supervised, train, guards,
+               evaluation, seed, output
     a reward:  reward, data, algorithm, train, guards, seed, output
 
 Which of them a file is, its `algorithm.name` says. Importing this file imports no torch.
@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from diffusion_align.algorithms.catalogue import ALGORITHMS
 from diffusion_align.algorithms.reward_options import RewardStart
+from diffusion_align.algorithms.supervised_options import SupervisedOptions
 from diffusion_align.data.judgement_options import JudgementOptions
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.policy.options import LoRAOptions, ModelOptions
@@ -61,6 +62,10 @@ class RunConfig:
         default_factory=LoRAOptions, metadata={"doc": "the adapter; null trains the whole denoiser"}
     )
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    supervised: SupervisedOptions | None = field(
+        default=None,
+        metadata={"doc": "pictures fitted beside a reward's gradient; null = none"},
+    )
     train: TrainOptions = field(default_factory=TrainOptions)
     guards: GuardOptions = field(default_factory=GuardOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)

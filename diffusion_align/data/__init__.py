@@ -1,4 +1,5 @@
-"""What goes in and comes out as files: prompts, judgements of pictures, pictures, labelled grids.
+"""What goes in and comes out as files: prompts, judgements of pictures, pictures with captions,
+pictures, labelled grids.
 
 Nothing is imported until it is used (PEP 562), so the command line can name this room cheaply.
 """
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffusion_align.data.ava import read_ava
+    from diffusion_align.data.captioned import Captioned, read_captioned
     from diffusion_align.data.images import draw_grid, save_grid, write_png
     from diffusion_align.data.judgement_files import read_pairs, read_ratings
     from diffusion_align.data.judgements import (
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BUILT_IN": "diffusion_align.data.prompts",
+    "Captioned": "diffusion_align.data.captioned",
+    "read_captioned": "diffusion_align.data.captioned",
     "Prompt": "diffusion_align.data.prompts",
     "load_prompts": "diffusion_align.data.prompts",
     "draw_grid": "diffusion_align.data.images",
@@ -38,6 +42,7 @@ _HOMES = {
 
 __all__ = [
     "BUILT_IN",
+    "Captioned",
     "Judgements",
     "Pair",
     "Prompt",
@@ -45,6 +50,7 @@ __all__ = [
     "draw_grid",
     "load_prompts",
     "read_ava",
+    "read_captioned",
     "read_pairs",
     "read_ratings",
     "save_grid",

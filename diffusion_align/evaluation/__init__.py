@@ -1,9 +1,10 @@
 """Proof: base and tuned model on the same prompts and noise, with statistics and pictures.
 
 `generate` makes the pictures, `statistics` and `diversity` measure them, `compare` puts both
-together, `report` writes `report.html`, and `probe` does a small version of it during training.
-Nothing is imported until it is used (PEP 562). `compare` and `generate` share their names with
-their files and come from there: `from diffusion_align.evaluation.compare import compare`.
+together, `report` writes `report.html`, `sweep` does it at parts of a LoRA's strength, and `probe`
+does a small version of it during training.
+Nothing is imported until it is used (PEP 562). `compare`, `generate` and `sweep` share their names
+with their files and come from there: `from diffusion_align.evaluation.compare import compare`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from diffusion_align.evaluation.probe import Probe
     from diffusion_align.evaluation.report import write_report
     from diffusion_align.evaluation.statistics import Paired, paired
+    from diffusion_align.evaluation.sweep import Sweep
 
 _HOMES = {
     "Comparison": "comparison",
@@ -27,6 +29,7 @@ _HOMES = {
     "Probe": "probe",
     "Result": "comparison",
     "Setup": "comparison",
+    "Sweep": "sweep",
     "evaluation_sampling": "generate",
     "paired": "statistics",
     "write_report": "report",
@@ -40,6 +43,7 @@ __all__ = [
     "Probe",
     "Result",
     "Setup",
+    "Sweep",
     "evaluation_sampling",
     "paired",
     "write_report",

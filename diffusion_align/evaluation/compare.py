@@ -1,7 +1,6 @@
 """Base against tuned: generate, score, measure, report.
 
-Prompts are worked through in slices: both models draw a slice, its pictures are written and
-scored, and only numbers are kept, so memory does not grow with the number of prompts. Scores are
+Both models draw the prompts slice by slice (`measuring`), and the pictures are written. Scores are
 those of the written 8-bit pictures: scoring the PNGs again gives the same numbers.
 """
 
@@ -12,27 +11,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from diffusion_align.data.diversity import FEATURE_SPACE, PIXEL_SPACE, diversity
 from diffusion_align.data.images import write_png
 from diffusion_align.data.prompts import Prompt, load_prompts
 from diffusion_align.errors import UserError
 from diffusion_align.evaluation.comparison import (
     DIVERSITY,
     Comparison,
-    Result,
     Setup,
     Side,
-    arranged,
     find_alarms,
     find_notes,
     picture_name,
 )
 from diffusion_align.evaluation.generate import Pictures, Reference, generate
+from diffusion_align.evaluation.measuring import Draw, measure_all, measure_slice, results_of
 from diffusion_align.evaluation.report import write_report
-from diffusion_align.evaluation.scoring import score_pictures
-from diffusion_align.evaluation.statistics import Floats
 from diffusion_align.sampling.options import ResolvedSampling, SamplingOptions, resolve_sampling
 
 if TYPE_CHECKING:
@@ -40,12 +33,7 @@ if TYPE_CHECKING:
     from diffusion_align.policy import Policy
     from reward_models.base import Reward
 
-SIDES: tuple[Side, Side] = ("base", "tuned")
 DETERMINISTIC = SamplingOptions(eta=0.0, flow_kind="ode")
-
-Table = dict[str, Floats]
-Draw = Callable[..., Pictures]
-"""`generate` with its policy, reference and run seed filled in."""
 
 
 def compare(
@@ -96,7 +84,8 @@ def compare(
     """
     output = Path(output)
     items = load_prompts(prompts)
-    _check(rewards, seeds, output, overwrite)
+    check_asked(rewards, seeds)
+    _check_output(output, overwrite)
     info = policy.info if base is None else base.info
     settings = resolve_sampling(sampling, info)
     if base is not None:
@@ -110,21 +99,21 @@ def compare(
         ),
         "tuned": partial(generate, policy),
     }
-    tables = _tables(
+    tables = measure_all(
         {side: partial(draw, run_seed=run_seed) for side, draw in sides.items()},
-        lambda pictures, part: _measure(
+        lambda pictures, part: measure_slice(
             pictures, part, rewards, policy, settings.batch_size, features
         ),
+        lambda side, pictures, first: _write_pictures(output, side, pictures, first),
         items,
         seeds,
         settings,
-        output,
         progress,
     )
-    results = _results(tables, rewards, trained_on, features is not None)
+    results = results_of(tables["base"], tables["tuned"], rewards, trained_on, features is not None)
     comparison = Comparison(
         setup=Setup(
-            model=_without_path(info.name),
+            model=without_path(info.name),
             tuned=tuned_name,
             sampler=sampler_name(policy.family.schedule, settings),
             steps=settings.steps,
@@ -151,32 +140,6 @@ def compare(
     return comparison
 
 
-def _tables(
-    sides: Mapping[Side, Draw],
-    measure: Callable[[Pictures, Sequence[Prompt]], Table],
-    prompts: Sequence[Prompt],
-    seeds: int,
-    settings: ResolvedSampling,
-    output: Path,
-    progress: Callable[[int, int], None] | None,
-) -> dict[Side, list[Table]]:
-    """Draw, write and measure slice by slice; one table per slice and side."""
-    tables: dict[Side, list[Table]] = {side: [] for side in sides}
-    total = len(sides) * len(prompts) * seeds
-    stride = max(1, settings.batch_size // seeds)
-    done = 0
-    for first in range(0, len(prompts), stride):
-        part = prompts[first : first + stride]
-        for side, draw in sides.items():
-            pictures = draw(part, seeds, settings, first_position=first)
-            _write_pictures(output, side, pictures, first)
-            tables[side].append(measure(pictures, part))
-            done += len(part) * seeds
-            if progress is not None:
-                progress(done, total)
-    return tables
-
-
 def sampler_name(schedule: str, sampling: SamplingOptions) -> str:
     """The sampler in words: `DDIM (eta 0)`, `flow ODE`, `flow SDE (noise level 0.7)`."""
     if schedule == "ddim":
@@ -186,7 +149,12 @@ def sampler_name(schedule: str, sampling: SamplingOptions) -> str:
     return f"flow {kind}{strength}"
 
 
-def _check(rewards: Mapping[str, Reward], seeds: int, output: Path, overwrite: bool) -> None:
+def check_asked(rewards: Mapping[str, Reward], seeds: int) -> None:
+    """Refuse what nothing can be measured with.
+
+    Raises:
+        UserError: no reward, names that the report needs for itself, or no picture per prompt.
+    """
     if not rewards:
         raise UserError(
             "a comparison needs at least one reward",
@@ -208,6 +176,9 @@ def _check(rewards: Mapping[str, Reward], seeds: int, output: Path, overwrite: b
             )
     if seeds < 1:
         raise UserError(f"{seeds} pictures per prompt", where="seeds", fix="use 1 or more")
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
         raise UserError("this is a file; a folder is needed", where=str(output))
     if (output / "summary.json").exists() and not overwrite:
@@ -246,58 +217,6 @@ def _write_pictures(output: Path, side: Side, pictures: Pictures, first: int) ->
             write_png(path, pictures.pixels[p, s].numpy())
 
 
-def _measure(
-    pictures: Pictures,
-    prompts: Sequence[Prompt],
-    rewards: Mapping[str, Reward],
-    policy: Policy,
-    batch_size: int,
-    features: Features | None,
-) -> Table:
-    """Every reward, its parts and diversity of one slice; diversity is `[P, 1]`."""
-    table: Table = {}
-    for name, reward in rewards.items():
-        table |= score_pictures(
-            reward, name, pictures, prompts, device=policy.device, batch_size=batch_size
-        )
-    spread = [
-        diversity(samples[valid].to(policy.device), features)
-        for samples, valid in zip(pictures.floats(), pictures.valid, strict=True)
-    ]
-    table[DIVERSITY] = np.array(spread, dtype=np.float64)[:, None]
-    return table
-
-
-def _results(
-    tables: Mapping[Side, Sequence[Table]],
-    rewards: Mapping[str, Reward],
-    trained_on: Sequence[str] | None,
-    in_feature_space: bool,
-) -> tuple[Result, ...]:
-    names = list(dict.fromkeys(name for side in SIDES for table in tables[side] for name in table))
-    scores = {
-        name: (_column(tables["base"], name), _column(tables["tuned"], name)) for name in names
-    }
-    spread = scores.pop(DIVERSITY)
-    units = {name: reward.info.range for name, reward in rewards.items()}
-    results = arranged(scores, units, trained_on)
-    if np.isfinite(spread[0] - spread[1]).any():
-        space = FEATURE_SPACE if in_feature_space else PIXEL_SPACE
-        results.append(Result(DIVERSITY, "diversity", space, *spread))
-    return tuple(results)
-
-
-def _column(tables: Sequence[Table], name: str) -> Floats:
-    """One measurement over all slices; a part that a slice lacks is NaN there."""
-    # Every table holds at least one reward before diversity: its shape is that of the pictures.
-    return np.concatenate(
-        [
-            table[name] if name in table else np.full_like(next(iter(table.values())), np.nan)
-            for table in tables
-        ]
-    )
-
-
 def _clear(output: Path) -> None:
     """Remove what an earlier comparison wrote, and nothing else that lies there."""
     for name in ("report.html", "scores.csv", "summary.json", "grid.png"):
@@ -306,7 +225,7 @@ def _clear(output: Path) -> None:
         path.unlink()
 
 
-def _without_path(model: str) -> str:
+def without_path(model: str) -> str:
     """A model's name; of a folder, its last part: a report is read by others."""
     path = Path(model).expanduser()
     return path.resolve().name if path.is_absolute() or path.is_dir() else model

@@ -135,23 +135,28 @@ class Comparison:
 
     def summary(self) -> dict[str, Any]:
         """`summary.json`; numbers that do not exist are None."""
-        rewards = {}
-        for result in self.results:
-            numbers = result.paired
-            rewards[result.name] = {
-                "base": _number(numbers.base),
-                "tuned": _number(numbers.tuned),
-                "difference": _number(numbers.difference),
-                "ci95": [_number(bound) for bound in numbers.ci95],
-                "win_rate": _number(numbers.win_rate),
-                "win_rate_ci95": [_number(bound) for bound in numbers.win_rate_ci95],
-            }
         return {
             "pairs": self.pairs,
             "prompts": len(self.prompts),
             "trained_on": list(self.trained_on),
-            "rewards": rewards,
+            "rewards": numbers_of(self.results),
         }
+
+
+def numbers_of(results: Iterable[Result]) -> dict[str, dict[str, Any]]:
+    """`rewards` of `summary.json`: name -> base, tuned, difference, win rate, their intervals."""
+    numbers = {}
+    for result in results:
+        pairs = result.paired
+        numbers[result.name] = {
+            "base": _number(pairs.base),
+            "tuned": _number(pairs.tuned),
+            "difference": _number(pairs.difference),
+            "ci95": [_number(bound) for bound in pairs.ci95],
+            "win_rate": _number(pairs.win_rate),
+            "win_rate_ci95": [_number(bound) for bound in pairs.win_rate_ci95],
+        }
+    return numbers
 
 
 def picture_name(side: Side, prompt: int, seed: int) -> Path:

@@ -37,7 +37,7 @@ class Pictures:
     """Pictures of some prompts, as a PNG would hold them.
 
     Attributes:
-        pixels: uint8 `[P, S, 3, H, W]` on the CPU.
+        pixels: uint8 `[P, S, 3, H, W]` on the CPU; of a video model `[P, S, F, 3, H, W]`.
         valid: bool `[P, S]`; False where the model gave a pixel that is not finite.
     """
 
@@ -45,7 +45,7 @@ class Pictures:
     valid: Tensor
 
     def floats(self) -> Tensor:
-        """`float32 [P, S, 3, H, W]` in [0, 1]: exactly what scoring the written PNGs would see."""
+        """float32 of the same shape, in [0, 1]: exactly what scoring the written PNGs would see."""
         return self.pixels.float() / 255.0
 
 
@@ -112,13 +112,14 @@ def _draw(
     run_seed: int,
     first_position: int,
 ) -> Tensor:
-    """`float32 [P * S, 3, H, W]` on the CPU, the seeds of a prompt next to each other."""
+    """`float32 [P * S, (F,) 3, H, W]` on the CPU, the seeds of a prompt next to each other."""
     conditioning = policy.encode(
         [prompt.text for prompt in prompts],
         negative_prompts=[prompt.negative for prompt in prompts],
         guidance_scale=settings.guidance_scale,
         height=settings.height,
         width=settings.width,
+        frames=settings.frames,
     )
     streams = [
         stream(run_seed, "eval", iteration=None, position=first_position + p, sample=s)
@@ -128,7 +129,7 @@ def _draw(
     trajectory = rollout(
         policy,
         conditioning.take(torch.arange(len(prompts)).repeat_interleave(seeds)),
-        policy.schedule(settings.steps),
+        policy.schedule(settings.steps, height=settings.height, width=settings.width),
         streams,
         guidance_scale=settings.guidance_scale,
         eta=settings.eta,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from diffusion_align.errors import OptionError
 from diffusion_align.ranges import at_least, require
 
 
@@ -61,7 +64,43 @@ class EvaluationOptions:
         metadata={"doc": "whether a run ends with the comparison in its final/"},
     )
 
+    scale_sweep: tuple[float, ...] = field(
+        default=(),
+        metadata={
+            "doc": "scales of the LoRA, such as [0.25, 0.5, 0.75, 1], at which a run is measured "
+            "again after its comparison, to choose how much of it to use; [] = none"
+        },
+    )
+
     def __post_init__(self) -> None:
         at_least(self, 1, "limit", "seeds", "sample_prompts", "batch_size", "steps")
         at_least(self, 0, "guidance_scale")
         require(self, "lie in [0, 1]", lambda eta: 0 <= eta <= 1, "eta")
+        check_scales(self.scale_sweep, name="scale_sweep")
+        if self.scale_sweep and not self.report:
+            raise OptionError(
+                "scale_sweep",
+                "is not read with report: false",
+                fix="leave it out, or set evaluation.report=true",
+                reads=("report",),
+            )
+
+
+def check_scales(scales: Sequence[float], *, name: str, least: int = 0) -> None:
+    """Refuse scales of an adapter that nothing could be drawn with, or that name a scale twice.
+
+    Args:
+        name: of the option.
+        least: how many there must be.
+
+    Raises:
+        OptionError: a scale below 0 or not finite, one that comes twice, or too few.
+    """
+    if len(scales) < least:
+        raise OptionError(name, "is empty", fix="name some, for instance 0.25,0.5,0.75,1")
+    for scale in scales:
+        if not (math.isfinite(scale) and scale >= 0):
+            raise OptionError(name, f"must be at least 0, not {scale}")
+    shown = [f"{scale:g}" for scale in scales]
+    if twice := sorted({scale for scale in shown if shown.count(scale) > 1}):
+        raise OptionError(name, f"{', '.join(twice)} comes twice")

@@ -213,15 +213,22 @@ def headline(name: str, result: Paired) -> str:
     """
     if result.pairs == 0:
         return f"{name}: no pair could be scored"
-    digits = decimals(result)
-    low, high = result.ci95
-    interval = f" [{_number(low, digits)}, {_number(high, digits)}]" if math.isfinite(low) else ""
     win_low, win_high = (100 * bound for bound in result.win_rate_ci95)
     share = f" [{win_low:.0f}, {win_high:.0f}]" if math.isfinite(win_low) else ""
     return (
-        f"{name} {_number(result.difference, digits, sign=True)}{interval}; "
+        f"{name} {difference_text(result)}; "
         f"wins {100 * result.win_rate:.0f} %{share} of {result.pairs} pairs"
     )
+
+
+def difference_text(result: Paired) -> str:
+    """The difference with its interval, `+0.42 [0.31, 0.53]`; `-` where no pair was scored."""
+    if result.pairs == 0:
+        return "-"
+    digits = decimals(result)
+    low, high = result.ci95
+    interval = f" [{_number(low, digits)}, {_number(high, digits)}]" if math.isfinite(low) else ""
+    return f"{_number(result.difference, digits, sign=True)}{interval}"
 
 
 def decimals(result: Paired) -> int:

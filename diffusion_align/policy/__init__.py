@@ -3,9 +3,13 @@
     capture.py       run a pipeline's own `__call__` far enough to learn what it feeds its denoiser
     conditioning.py  what was captured, one row per item: sliceable, collatable, movable
     encoder.py       prompts -> conditioning, once per prompt
-    families.py      what capture cannot find out, as data      guidance.py, latents.py  their rules
-    loading.py       names, folders, checksums, schedulers      adapter.py  LoRA and references
-    devices.py       the device that a word names               tuned.py    what a run left behind
+    families.py      what capture cannot find out, as data      guidance.py  their guidance rules
+    scheduling.py    schedulers with a likelihood, schedules    decoding.py  latents to pixels and
+    latents.py       decoding of images                         back, and dL/dpixels to dL/dlatents
+    causal.py        causal video VAEs as functions             clips.py     clips chunk by chunk
+    loading.py       names, folders, checksums                  adapter.py  LoRA and references
+    choices.py       what a person may ask of a policy          tuned.py    what a run left behind
+    devices.py       the device that a word names
     policy.py        `Policy`, which puts these together
 
 Nothing is imported until it is used (PEP 562): the catalogue and the options need no torch.

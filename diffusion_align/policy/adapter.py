@@ -107,6 +107,19 @@ class Adapter:
             for layer, value in zip(self._layers, before):
                 layer._active_adapter = value
 
+    @contextmanager
+    def scaled(self, value: float) -> Iterator[None]:
+        """The trained adapter at `value` times its own strength."""
+        layers = [layer for layer in self._layers if TRAINED in layer.scaling]
+        before = [layer.scaling[TRAINED] for layer in layers]
+        for layer, own in zip(layers, before):
+            layer.scaling[TRAINED] = own * value
+        try:
+            yield
+        finally:
+            for layer, own in zip(layers, before):
+                layer.scaling[TRAINED] = own
+
     def save(self, pipeline: Any, family: Family, folder: Path) -> None:
         """Write the trained adapter in diffusers' format with its metadata, atomically.
 

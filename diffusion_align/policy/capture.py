@@ -38,12 +38,15 @@ class Capture:
     """One run of a pipeline up to its first scheduler step.
 
     Args:
-        arguments: what the denoiser was called with, beside x_t and the timestep.
+        arguments: what the denoiser was called with, beside x_t and the timestep; the call of the
+            positive branch, where each branch has its own.
+        negative: the call of the negative branch, where it has its own.
         latents: the pipeline's initial latents [B, ...], without guidance doubling.
     """
 
     arguments: Mapping[ArgumentPath, object]
     latents: Tensor
+    negative: Mapping[ArgumentPath, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,19 +56,24 @@ class Layout:
     Args:
         axes: the batch axis of every argument that has one; the others are constants.
         branches: how many guidance branches one denoiser call holds, 1 or 2.
+        calls: how many calls a step makes, 1 or 2 (one per branch).
     """
 
     axes: Mapping[ArgumentPath, int]
     branches: int
+    calls: int = 1
 
     def split(self, captured: Capture) -> tuple[Branch, ...]:
-        """Cut a capture into its guidance branches, ordered as the pipeline orders them."""
-        constants = {
-            path: value for path, value in captured.arguments.items() if path not in self.axes
-        }
+        """Cut a capture into its guidance branches, (negative, positive) or (positive,)."""
+        if captured.negative is None:
+            return self._cut(captured.arguments)
+        return (*self._cut(captured.negative), *self._cut(captured.arguments))
+
+    def _cut(self, arguments: Mapping[ArgumentPath, object]) -> tuple[Branch, ...]:
+        constants = {path: value for path, value in arguments.items() if path not in self.axes}
         pieces: dict[ArgumentPath, tuple[Tensor, ...]] = {}
         for path, axis in self.axes.items():
-            value = captured.arguments.get(path)
+            value = arguments.get(path)
             if not isinstance(value, Tensor):
                 raise RuntimeError(f"{'.'.join(path)} was a tensor when the family was probed")
             pieces[path] = value.chunk(self.branches, dim=axis)
@@ -84,6 +92,7 @@ def capture(
     guided: bool,
     height: int,
     width: int,
+    frames: int | None = None,
 ) -> Capture:
     """Run `pipeline` on `prompts` up to its first step and keep what its denoiser received.
 
@@ -94,6 +103,7 @@ def capture(
             the empty text: SDXL zeroes the embedding).
         guided: whether the pipeline runs classifier-free guidance.
         height, width: pixels.
+        frames: length of a clip; None for images.
     """
     denoiser = getattr(pipeline, family.denoiser)
     signature = inspect.signature(denoiser.forward)
@@ -125,20 +135,31 @@ def capture(
                 height=height,
                 width=width,
                 num_inference_steps=1,
-                guidance_scale=2.0 if guided else 1.0,  # "cat" guidance never sees the number
+                guidance_scale=2.0 if guided else 1.0,  # a branch never sees the number
+                **({} if frames is None else {"num_frames": frames}),
                 generator=torch.Generator().manual_seed(0),  # leaves the global stream alone
             )
     except _FirstStepReached:
         pass
-    if len(calls) != 1 or len(latents) != 1:
+    expected = 2 if guided and family.guidance == "two" else 1
+    if len(calls) != expected or len(latents) != 1:
         raise RuntimeError(
             f"{type(pipeline).__name__} called its denoiser {len(calls)} times before the first "
-            f"of {len(latents)} scheduler steps; its family row expects one call"
+            f"of {len(latents)} scheduler steps; its family row expects {expected}"
         )
-    return Capture(dict(_flatten(calls[0])), latents[0])
+    negative = dict(_flatten(calls[1])) if expected == 2 else None
+    return Capture(dict(_flatten(calls[0])), latents[0], negative)
 
 
-def probe(pipeline: Any, family: Family, *, guided: bool, height: int, width: int) -> Layout:
+def probe(
+    pipeline: Any,
+    family: Family,
+    *,
+    guided: bool,
+    height: int,
+    width: int,
+    frames: int | None = None,
+) -> Layout:
     """Find the batch axes of `family`'s arguments by capturing at two batch sizes.
 
     Raises:
@@ -153,6 +174,7 @@ def probe(pipeline: Any, family: Family, *, guided: bool, height: int, width: in
             guided=guided,
             height=height,
             width=width,
+            frames=frames,
         )
         for size in _PROBE_SIZES
     )
@@ -170,7 +192,7 @@ def probe(pipeline: Any, family: Family, *, guided: bool, height: int, width: in
             repeats.add(count)
     if len(repeats) != 1 or max(repeats) > 2:
         raise RuntimeError(f"captured arguments hold {sorted(repeats)} guidance branches per call")
-    return Layout(axes, repeats.pop())
+    return Layout(axes, repeats.pop(), 1 if two.negative is None else 2)
 
 
 def _batch_axis(

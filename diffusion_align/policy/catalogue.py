@@ -6,9 +6,10 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from diffusion_align.errors import UserError, did_you_mean
-from diffusion_align.policy.families import family_of
+from diffusion_align.policy.families import FAMILIES, family_of
 
 EMBEDDED = Path(__file__).resolve().parent.parent / "tiny" / "weights"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w][\w.-]*")
@@ -26,6 +27,7 @@ class ModelInfo:
         height, width: default size in pixels; None until the model is loaded.
         licence: of the weights; "" where unknown.
         note: one line for `diffusion-align models`.
+        frames: default length of a clip; None for images, and until the model is loaded.
     """
 
     name: str
@@ -37,6 +39,12 @@ class ModelInfo:
     width: int | None
     licence: str
     note: str
+    frames: int | None = None
+
+    @property
+    def modality(self) -> Literal["image", "video"]:
+        """What it makes, as its family says; "image" while the family is unknown."""
+        return next((f.modality for f in FAMILIES if f.name == self.family), "image")
 
 
 MODELS: dict[str, ModelInfo] = {
@@ -85,6 +93,52 @@ MODELS: dict[str, ModelInfo] = {
             width=1024,
             licence="CreativeML Open RAIL++-M",
             note="Stable Diffusion XL base 1.0, predicts eps",
+        ),
+        ModelInfo(
+            name="sd35-medium",
+            family="stable-diffusion-3",
+            source="stabilityai/stable-diffusion-3.5-medium",
+            steps=28,
+            guidance_scale=4.5,
+            height=1024,
+            width=1024,
+            licence="Stability AI Community",
+            note="Stable Diffusion 3.5 medium, flow",
+        ),
+        ModelInfo(
+            name="flux-dev",
+            family="flux",
+            source="black-forest-labs/FLUX.1-dev",
+            steps=28,
+            guidance_scale=3.5,
+            height=1024,
+            width=1024,
+            licence="FLUX.1 [dev] Non-Commercial",
+            note="FLUX.1 dev, flow, guidance embedded",
+        ),
+        ModelInfo(
+            name="wan2.1-1.3b",
+            family="wan2.1",
+            source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            steps=50,
+            guidance_scale=5.0,
+            height=480,
+            width=832,
+            licence="Apache-2.0",
+            note="Wan 2.1 text to video 1.3B, flow",
+            frames=81,
+        ),
+        ModelInfo(
+            name="cogvideox-2b",
+            family="cogvideox",
+            source="THUDM/CogVideoX-2b",
+            steps=50,
+            guidance_scale=6.0,
+            height=480,
+            width=720,
+            licence="Apache-2.0",
+            note="CogVideoX 2B text to video, predicts v",
+            frames=49,
         ),
     )
 }

@@ -7,7 +7,7 @@ items. A guided item has two branches, (negative, positive); an unguided one has
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ class Branch:
             {path: value.to(device) for path, value in self.tensors.items()},
             self.axes,
             {
-                path: value.to(device) if isinstance(value, Tensor) else value
+                path: mapped(value, lambda tensor: tensor.to(device))
                 for path, value in self.constants.items()
             },
         )
@@ -161,7 +161,16 @@ def _check_alike(first: Branch, other: Branch) -> None:
             raise ValueError(f"argument {'.'.join(path)} differs between the parts")
 
 
+def mapped(value: object, change: Callable[[Tensor], Tensor]) -> object:
+    """A constant with its tensors changed, where it is one or a tuple of some (rotary tables)."""
+    if isinstance(value, tuple):
+        return tuple(mapped(part, change) for part in value)
+    return change(value) if isinstance(value, Tensor) else value
+
+
 def _same(a: object, b: object) -> bool:
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and bool(torch.equal(a, b.to(a.device))))
     if isinstance(a, Tensor) or isinstance(b, Tensor):

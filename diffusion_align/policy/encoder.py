@@ -19,11 +19,13 @@ from torch import Tensor
 
 from diffusion_align.errors import UserError
 from diffusion_align.policy.capture import Layout, capture, probe
-from diffusion_align.policy.conditioning import Branch, Conditioning
+from diffusion_align.policy.choices import check_size
+from diffusion_align.policy.conditioning import Branch, Conditioning, mapped
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.latents import latent_of
 from diffusion_align.policy.text_memory import TextMemory
 
-_CacheKey = tuple[str, str, bool, int, int]
+_CacheKey = tuple[str, str, bool, int, int, int | None]
 
 
 class PromptEncoder:
@@ -58,6 +60,7 @@ class PromptEncoder:
         guided: bool,
         height: int,
         width: int,
+        frames: int | None = None,
     ) -> Conditioning:
         """Conditioning of B prompts, on the CPU.
 
@@ -66,12 +69,13 @@ class PromptEncoder:
             negative_prompts: B texts or None; an empty one means the pipeline's own default.
             guided: capture the negative branch too.
             height, width: pixels, multiples of the family's `size_multiple`.
+            frames: length of a clip; None for images.
 
         Raises:
             UserError: a size that does not fit.
             ValueError: no prompts, or another number of negatives.
         """
-        self.check_size(height, width)
+        check_size(self._family, height, width)
         if isinstance(prompts, str) or not prompts:
             raise ValueError("prompts must be a non-empty list of texts")
         negatives = [""] * len(prompts) if negative_prompts is None else list(negative_prompts)
@@ -79,22 +83,10 @@ class PromptEncoder:
             raise ValueError(f"{len(prompts)} prompts but {len(negatives)} negative prompts")
         return Conditioning.collate(
             [
-                self._one((prompt, negative, guided, height, width))
+                self._one((prompt, negative, guided, height, width, frames))
                 for prompt, negative in zip(prompts, negatives)
             ]
         )
-
-    def check_size(self, height: int, width: int) -> None:
-        """Refuse a size the pipeline cannot make, naming the nearest one that it can."""
-        multiple = self._family.size_multiple
-        for name, value in (("height", height), ("width", width)):
-            if value < multiple or value % multiple:
-                nearest = max(multiple, round(value / multiple) * multiple)
-                raise UserError(
-                    f"{value} is not a multiple of {multiple} pixels",
-                    where=name,
-                    fix=f"the nearest that is: {nearest}",
-                )
 
     def _one(self, key: _CacheKey) -> Conditioning:
         known = self._cache.get(key)
@@ -109,7 +101,7 @@ class PromptEncoder:
         return made
 
     def _capture(self, key: _CacheKey) -> Conditioning:
-        prompt, negative, guided, height, width = key
+        prompt, negative, guided, height, width, frames = key
         # Of a long prompt the libraries print what is cut, without its name.
         with _libraries_quiet(), self._texts.remembering():
             for text in (prompt, negative) if guided else (prompt,):
@@ -122,14 +114,19 @@ class PromptEncoder:
                 guided=guided,
                 height=height,
                 width=width,
+                frames=frames,
             )
-        branches = self._layout(guided, height, width).split(captured)
+        branches = self._layout(guided, height, width, frames).split(captured)
+        latents = captured.latents
+        if self._family.packing == "2x2":
+            factor = self._pipeline.vae_scale_factor
+            latents = latent_of(latents, height // factor, width // factor)
         return Conditioning(
             prompts=(prompt,),
             negative_prompts=(negative,),
             height=height,
             width=width,
-            latent_shape=tuple(captured.latents.shape[1:]),
+            latent_shape=tuple(latents.shape[1:]),
             branches=tuple(_as_stored(branch, self._dtype) for branch in branches),
         )
 
@@ -137,10 +134,7 @@ class PromptEncoder:
         """Say once of a text that the text encoder reads only its beginning."""
         if text in self._warned:
             return
-        for name, tokenizer in self._pipeline.components.items():
-            limit = getattr(tokenizer, "model_max_length", None)
-            if not name.startswith("tokenizer") or limit is None:
-                continue
+        for tokenizer, limit in self._readers():
             count = len(tokenizer(text).input_ids)
             if count > limit:
                 self._warned.add(text)
@@ -151,11 +145,30 @@ class PromptEncoder:
                 )
                 return
 
-    def _layout(self, guided: bool, height: int, width: int) -> Layout:
+    def _readers(self) -> list[tuple[Any, int]]:
+        """Tokenizers whose limit cuts a prompt: all, or the one whose encoder reads furthest."""
+        parts = self._pipeline.components
+        if self._family.reader and parts.get(self._family.reader[0]) is not None:
+            name, limit = self._family.reader
+            return [(parts[name], limit)]
+        return [
+            (part, part.model_max_length)
+            for name, part in parts.items()
+            if name.startswith("tokenizer") and hasattr(part, "model_max_length")
+        ]
+
+    def _layout(self, guided: bool, height: int, width: int, frames: int | None) -> Layout:
         """The batch axes, probed when guidance is first asked for; they do not depend on size."""
         if guided not in self._layouts:
-            layout = probe(self._pipeline, self._family, guided=guided, height=height, width=width)
-            if layout.branches != (2 if guided else 1):
+            layout = probe(
+                self._pipeline,
+                self._family,
+                guided=guided,
+                height=height,
+                width=width,
+                frames=frames,
+            )
+            if layout.branches * layout.calls != (2 if guided else 1):
                 raise UserError(
                     "this model takes guidance as an input instead of running a negative branch",
                     where="model",
@@ -190,7 +203,12 @@ def _as_stored(branch: Branch, dtype: torch.dtype) -> Branch:
         {path: stored(value) for path, value in branch.tensors.items()},
         branch.axes,
         {
-            path: stored(value) if isinstance(value, Tensor) else value
+            # Tables in tuples stay as they are: pipelines compute rotary embeddings in float32.
+            path: stored(value) if isinstance(value, Tensor) else mapped(value, _copied)
             for path, value in branch.constants.items()
         },
     )
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().to("cpu", copy=True)

@@ -1,4 +1,4 @@
-"""Latents to pixels and back: one pair of functions per rule of `Family.decode`."""
+"""Latents of images to pixels and back, and the tokens that some denoisers see of them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 
 def decode_scaled(vae: Any, x_0: Tensor, *, checkpoint: bool = False) -> Tensor:
     """Pixels of latents, z = x_0 * std / scaling_factor + mean; differentiable.
 
-    std and mean are the VAE config's `latents_std` and `latents_mean` where it has them (1 and 0
-    otherwise). Values the VAE puts outside [0, 1] are clamped, as the pipelines do, and carry no
-    gradient there.
+    std and mean are the VAE config's `latents_std` and `latents_mean` where it has them; otherwise
+    1 and its `shift_factor`, or 0. Values the VAE puts outside [0, 1] are clamped, as the pipelines
+    do, and carry no gradient there.
 
     Args:
         vae: a diffusers autoencoder.
@@ -55,9 +56,17 @@ def _statistics(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     mean = getattr(vae.config, "latents_mean", None)
     std = getattr(vae.config, "latents_std", None)
     if mean is None or std is None:
-        return like.new_zeros(()), like.new_ones(())
+        shift = getattr(vae.config, "shift_factor", None) or 0.0
+        return like.new_full((), shift), like.new_ones(())
     return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
 
-DECODERS = {"scaled": decode_scaled}
-ENCODERS = {"scaled": encode_scaled}
+def tokens_of(x: Tensor) -> Tensor:
+    """[B, C, h, w], h and w even, as tokens [B, h/2 * w/2, 4C] of 2 x 2 latent pixels."""
+    return functional.pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+
+def latent_of(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `tokens_of`, for a latent of `height` x `width`."""
+    grid = tokens.transpose(1, 2).unflatten(2, (height // 2, width // 2))
+    return functional.pixel_shuffle(grid, 2)

@@ -118,6 +118,7 @@ def load_pipeline(
     try:
         config = DiffusionPipeline.load_config(source, revision=revision, local_files_only=local)
         family = family_of(str(config["_class_name"]), where=info.name)
+        refuse_variants(family, config, info.name)
         dtypes = {
             family.denoiser: denoiser_dtype,
             "vae": torch.float32 if dtype == torch.float16 else dtype,
@@ -139,6 +140,7 @@ def load_pipeline(
             where=info.name,
             fix="check the name, the files and, for a hub id, the network",
         ) from error
+    refuse_variants(family, getattr(pipeline, family.denoiser).config, info.name)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):
@@ -175,15 +177,45 @@ def with_size(info: ModelInfo, pipeline: Any, family: Family) -> ModelInfo:
     """`info` with the family's name and the model's own size filled in where it was unknown."""
     if info.height is not None and info.width is not None:
         return info
-    sample = getattr(pipeline, family.denoiser).config.sample_size
-    height, width = (sample, sample) if isinstance(sample, int) else (sample[0], sample[1])
-    factor = pipeline.vae_scale_factor
-    filled = replace(info, height=height * factor, width=width * factor)
+    height, width = _own_size(pipeline, family)
+    filled = replace(info, height=height, width=width)
+    if family.frames is not None and info.frames is None:
+        config = getattr(pipeline, family.denoiser).config
+        frames = config.get(family.frames.config_name) or family.frames.default
+        filled = replace(filled, frames=int(frames))
     if info.family:
         return filled
     return replace(
         filled, family=family.name, steps=family.steps, guidance_scale=family.guidance_scale
     )
+
+
+def _own_size(pipeline: Any, family: Family) -> tuple[int, int]:
+    """Height and width that the denoiser's config states in latent pixels, or the family's."""
+    if family.size is not None:
+        return family.size
+    config = getattr(pipeline, family.denoiser).config
+    height, width = (config[name] for name in family.size_names)
+    if not isinstance(height, int):
+        height, width = height[0], width[1]
+    # Pipelines of images and of clips call the same number by two names.
+    factor = getattr(pipeline, "vae_scale_factor", None) or pipeline.vae_scale_factor_spatial
+    return height * factor, width * factor
+
+
+def refuse_variants(family: Family, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse a model of the family's classes whose settings make it another model.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for setting in family.refused:
+        if settings.get(setting):
+            raise UserError(
+                f"models with {setting}={settings[setting]} are not supported",
+                where=name,
+                fix=f"use a model of the family {family.name}",
+            )
 
 
 def use_ddim(pipeline: Any, name: str) -> str | None:

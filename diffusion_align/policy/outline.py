@@ -21,6 +21,7 @@ from torch import nn
 from diffusion_align.errors import UserError
 from diffusion_align.policy.catalogue import ModelInfo
 from diffusion_align.policy.families import Family, family_of
+from diffusion_align.policy.loading import refuse_variants
 
 _CONFIGS = ("*.json", "*.txt", "*.model")
 """What a pipeline consists of besides its weights: configs and tokenizers, a few megabytes."""
@@ -40,6 +41,7 @@ def outline_pipeline(
     try:
         index: Mapping[str, Any] = json.loads((folder / "model_index.json").read_text("utf-8"))
         family = family_of(str(index["_class_name"]), where=info.name)
+        refuse_variants(family, index, info.name)
         components = {
             name: None
             if name in family.unused_components or entry[1] is None
@@ -61,6 +63,7 @@ def outline_pipeline(
             where=str(folder),
             fix="copy or download the model again",
         ) from error
+    refuse_variants(family, getattr(pipeline, family.denoiser).config, info.name)
     pipeline.set_progress_bar_config(disable=True)
     narrow = torch.float32 if dtype == torch.float16 else dtype  # as load_pipeline: VAEs overflow
     dtypes = {family.denoiser: denoiser_dtype, "vae": narrow}

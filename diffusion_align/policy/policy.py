@@ -15,23 +15,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from diffusion_align.diffusion.schedules import Schedule, ddim_schedule
+from diffusion_align.diffusion.schedules import Schedule
 from diffusion_align.errors import UserError
-from diffusion_align.policy import guidance, latents
+from diffusion_align.policy import choices, decoding, guidance
 from diffusion_align.policy.adapter import Adapter, add_lora, load_lora
 from diffusion_align.policy.catalogue import ModelInfo, resolve
 from diffusion_align.policy.conditioning import Conditioning
 from diffusion_align.policy.devices import device_of
 from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
-from diffusion_align.policy.loading import (
-    dtype_of,
-    library_bars,
-    load_pipeline,
-    use_ddim,
-    with_size,
-)
+from diffusion_align.policy.latents import latent_of, tokens_of
+from diffusion_align.policy.loading import dtype_of, library_bars, load_pipeline, with_size
 from diffusion_align.policy.outline import outline_pipeline
+from diffusion_align.policy.scheduling import schedule_of, use_gaussian_steps
 
 
 class Policy:
@@ -115,7 +111,7 @@ class Policy:
         Raises:
             UserError: anything a person can put right.
         """
-        _check_choice(
+        choices.check_trained(
             full=full, rank=lora_rank, path=lora_path, alpha=lora_alpha, targets=lora_targets
         )
         place, storage = device_of(device if weights else "meta"), dtype_of(dtype)
@@ -124,7 +120,7 @@ class Policy:
         info = resolve(id_or_path)
         load = load_pipeline if weights else outline_pipeline
         pipeline, family = load(info, revision=revision, dtype=storage, denoiser_dtype=computing)
-        told = use_ddim(pipeline, info.name) if family.schedule == "ddim" else None
+        told = use_gaussian_steps(pipeline, family, info.name)
         denoiser = getattr(pipeline, family.denoiser)
         adapter: Adapter | None = None
         reference_copy: nn.Module | None = None
@@ -171,54 +167,81 @@ class Policy:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
     ) -> Conditioning:
         """What the denoiser needs for B prompts; each prompt is captured once and cached.
 
         Args:
             prompts: B texts.
             negative_prompts: B texts; an empty one is the pipeline's own default.
-            guidance_scale: above 1 captures the negative branch as well; None is the model's own.
-            height, width: pixels; None means the model's own.
+            guidance_scale: above 1 captures the negative branch too, where there is one; None is
+                the model's own.
+            height, width, frames: pixels, and the length of a clip; None means the model's own.
 
         Raises:
-            UserError: a size that does not fit the model.
+            UserError: a size or length that does not fit the model, or negative prompts for none.
         """
-        height, width = self._size(height, width)
+        height, width = choices.picture_size(self.family, self.info, height, width)
         scale = self.info.guidance_scale if guidance_scale is None else guidance_scale
+        choices.check_negatives(self.family, negative_prompts, self.info.name)
         conditioning = self._encoder.encode(
             prompts,
             negative_prompts,
-            guided=scale > 1.0,
+            guided=scale > 1.0 and self.family.guidance != "embedded",
             height=height,
             width=width,
+            frames=choices.clip_length(self.family, self.info, frames),
         )
         for hook in self.resting:
             hook.offload()
         return conditioning.to(self.device)
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(
+        self, steps: int, *, height: int | None = None, width: int | None = None
+    ) -> Schedule:
         """The reverse process in `steps` steps, from the pipeline's scheduler config.
 
+        Args:
+            steps: denoising steps.
+            height, width: pixels, which move some flow models' noise levels; None is the model's.
+
         Raises:
-            UserError: a number of steps the model does not have, or a scheduler that is no DDIM.
+            UserError: steps or a size the model does not have, a scheduler without Gaussian steps.
         """
+        height, width = choices.picture_size(self.family, self.info, height, width)
         try:
-            return ddim_schedule(dict(self.pipeline.scheduler.config), steps)
+            return schedule_of(self.pipeline, self.family, steps, height, width)
         except ValueError as error:  # too many steps, or a scheduler option without a Gaussian step
             raise UserError(str(error), where=f"schedule of {self.info.name}") from error
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
         """Shape of one item's latent, e.g. (4, 64, 64) for 512 x 512; None is the model's own."""
-        height, width = self._size(height, width)
-        probe = self._encoder.encode([""], None, guided=False, height=height, width=width)
+        height, width = choices.picture_size(self.family, self.info, height, width)
+        length = choices.clip_length(self.family, self.info, frames)
+        probe = self._encoder.encode(
+            [""], None, guided=False, height=height, width=width, frames=length
+        )
         return probe.latent_shape
+
+    def latent_frames(self, latent_shape: Sequence[int]) -> int:
+        """How many latent frames one item's latent of this shape has; 1 for images."""
+        video = self.family.frames
+        return 1 if video is None else int(latent_shape[video.axis - 1])
 
     def initial_noise(self, noise: Tensor) -> Tensor:
         """x_T from standard normal `noise` [B, *latent_shape]."""
-        return noise * float(self.pipeline.scheduler.init_noise_sigma)
+        return noise * float(getattr(self.pipeline.scheduler, "init_noise_sigma", 1.0))
 
     def predict(
-        self, x_t: Tensor, timestep: Tensor, cond: Conditioning, guidance_scale: float
+        self,
+        x_t: Tensor,
+        timestep: Tensor,
+        cond: Conditioning,
+        guidance_scale: float,
+        *,
+        guidance_gradient: guidance.GuidanceGradient = "both",
     ) -> Tensor:
         """The denoiser's output with guidance inside; gradients flow to x_t and the parameters.
 
@@ -226,10 +249,13 @@ class Policy:
             x_t: float [B, *latent_shape].
             timestep: as the schedule states it, 0-d or [B].
             cond: B items, on x_t's device.
-            guidance_scale: at most 1 runs the conditional branch only.
+            guidance_scale: at most 1 runs the conditional branch only; where guidance is embedded,
+                what the denoiser is told.
+            guidance_gradient: "conditional" runs the negative branch without a graph, in a call
+                of its own; the value is the same but for rounding.
 
         Returns:
-            [B, *latent_shape], float32 (or x_t's dtype where that is wider); eps or v as
+            [B, *latent_shape], float32 (or x_t's dtype where that is wider); eps, v or flow as
             `schedule().prediction` says.
         """
         if x_t.shape[0] != len(cond):
@@ -237,36 +263,64 @@ class Policy:
         # Always [B]: the call has the same shape in rollouts and in training.
         moments = (timestep * self.family.timestep_factor).to(x_t.device).expand(len(cond))
         x = x_t.to(self._dtype)
-        if guidance_scale <= 1.0:
-            output = self._forward(x, moments, cond.branches[-1].arguments())
-        elif cond.guided:
-            rule = guidance.RULES[self.family.guidance]
-            output = rule(self._forward, x, moments, cond.branches, guidance_scale)
-        else:
-            raise ValueError("prompts were encoded without guidance; encode with this scale")
+        output = guidance.guided_prediction(
+            self.family, self._forward, x, moments, cond, guidance_scale, guidance_gradient
+        )
         return output.to(torch.promote_types(x_t.dtype, torch.float32))
 
-    def decode(self, x_0: Tensor, *, chunk: int | None = None, checkpoint: bool = False) -> Tensor:
+    def decode(
+        self,
+        x_0: Tensor,
+        *,
+        chunk: int | None = None,
+        checkpoint: bool = False,
+        frames: Sequence[int] | None = None,
+    ) -> Tensor:
         """Pixels of clean latents; differentiable where gradients are enabled.
 
         Args:
             x_0: float [B, *latent_shape].
             chunk: items decoded at a time; None is all of them.
             checkpoint: recompute the decoder in the backward pass to save memory.
+            frames: latent frames whose pixels are wanted, ascending; None is all. A causal VAE
+                decodes those before the last of them too.
 
         Returns:
-            float32 [B, 3, H, W] in [0, 1].
+            float32 [B, 3, H, W] in [0, 1]; of clips [B, F, 3, H, W].
+
+        Raises:
+            UserError, ValueError: a clip in tiles; latent frames that are not there.
         """
-        rule = latents.DECODERS[self.family.decode]
-        parts = [
-            rule(self.pipeline.vae, part, checkpoint=checkpoint)
-            for part in x_0.split(chunk or max(1, x_0.shape[0]))
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return decoding.decode(
+            self.pipeline.vae, self.family, x_0, chunk=chunk, checkpoint=checkpoint, frames=frames
+        )
+
+    def decode_gradient(
+        self,
+        x_0: Tensor,
+        pixel_gradient: Tensor,
+        *,
+        chunk: int | None = None,
+        frames: Sequence[int] | None = None,
+    ) -> Tensor:
+        """dL/dx_0 of a loss on `decode(x_0, frames=frames)`, one chunk's graph at a time.
+
+        Args:
+            x_0: float [B, *latent_shape].
+            pixel_gradient: dL/dpixels, shaped as `decode` returns pixels.
+            chunk: items at a time; None is one. Clips go by latent frames too, last to first.
+            frames: as in `decode`.
+
+        Returns:
+            [B, *latent_shape] in x_0's dtype, equal to autograd through `decode`; errors likewise.
+        """
+        return decoding.decode_gradient(
+            self.pipeline.vae, self.family, x_0, pixel_gradient, chunk=chunk, frames=frames
+        )
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
-        """Latents [B, *latent_shape] of `pixels` [B, 3, H, W] in [0, 1]: the posterior's mean."""
-        return latents.ENCODERS[self.family.decode](self.pipeline.vae, pixels)
+        """Latents [B, *latent_shape] of pixels as `decode` gives them: the posterior's mean."""
+        return decoding.encode(self.pipeline.vae, self.family, pixels)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters being trained, in a fixed order; empty for a frozen policy."""
@@ -302,6 +356,24 @@ class Policy:
             with self._adapter.switched_off():
                 yield
 
+    @contextmanager
+    def adapter_scale(self, value: float) -> Iterator[None]:
+        """Inside this context the LoRA acts with `value` times its own strength; 0 is the base.
+
+        Raises:
+            UserError: there is no LoRA: the policy is frozen, or every weight was trained.
+        """
+        if self._adapter is None:
+            raise UserError(
+                "only a LoRA can be scaled, and this model has none",
+                where="adapter scale",
+                fix="every weight of it was trained: its strength is fixed"
+                if self.reference_copy is not None
+                else "load it with one",
+            )
+        with self._adapter.scaled(value):
+            yield
+
     def save(self, folder: str | Path) -> None:
         """Write what was trained: a LoRA for diffusers with its metadata, or the whole pipeline.
 
@@ -318,33 +390,10 @@ class Policy:
             raise UserError("a frozen policy has nothing to save", where=str(target))
 
     def _forward(self, x: Tensor, timestep: Tensor, arguments: dict[str, Any]) -> Tensor:
-        own = {self.family.latent_argument: x, self.family.timestep_argument: timestep}
+        packed = self.family.packing == "2x2"
+        state = tokens_of(x) if packed else x
+        own = {self.family.latent_argument: state, self.family.timestep_argument: timestep}
         denoiser: Callable[..., Any] = self.denoiser
         output = denoiser(**own, **arguments)
-        return output[0] if isinstance(output, tuple) else output.sample
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own_height, own_width = self.info.height, self.info.width
-        if own_height is None or own_width is None:
-            raise RuntimeError("the policy was built without its model's size")
-        height = own_height if height is None else height
-        width = own_width if width is None else width
-        self._encoder.check_size(height, width)
-        return height, width
-
-
-def _check_choice(
-    *,
-    full: bool,
-    rank: int | None,
-    path: str | Path | None,
-    alpha: float | None,
-    targets: Sequence[str] | None,
-) -> None:
-    """Refuse arguments of `Policy.load` of which some would be ignored."""
-    if full and (rank is not None or path is not None):
-        raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
-    if path is not None and (alpha is not None or targets is not None):
-        raise UserError(
-            "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
-        )
+        predicted: Tensor = output[0] if isinstance(output, tuple) else output.sample
+        return latent_of(predicted, *x.shape[-2:]) if packed else predicted

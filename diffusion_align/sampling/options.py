@@ -27,6 +27,7 @@ class SamplingOptions:
         batch_size: items per denoiser call; it changes speed and memory, not the pictures.
         flow_kind: reverse process of flow models: "ode", "sde", "dance" or "cps".
         noise_level: strength of the noise that flow_kind injects.
+        frames: length of a clip; None for images.
 
     Errors: a value out of range raises `OptionError`.
     """
@@ -39,10 +40,11 @@ class SamplingOptions:
     batch_size: int = 32
     flow_kind: FlowKind = "sde"
     noise_level: float = 0.7
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         words(self)
-        at_least(self, 1, "steps", "height", "width", "batch_size")
+        at_least(self, 1, "steps", "height", "width", "batch_size", "frames")
         at_least(self, 0, "guidance_scale", "noise_level")
         require(self, "lie in [0, 1]", lambda eta: 0 <= eta <= 1, "eta")
 
@@ -86,4 +88,5 @@ def resolve_sampling(options: SamplingOptions, info: ModelInfo) -> ResolvedSampl
         batch_size=options.batch_size,
         flow_kind=options.flow_kind,
         noise_level=options.noise_level,
+        frames=info.frames if options.frames is None else options.frames,
     )

@@ -116,6 +116,13 @@ class GuardOptions:
             "early (stop), say so, or leave it"
         },
     )
+    stop_when_heldout_turns: Action = field(
+        default="warn",
+        metadata={
+            "doc": "a held-out reward that rose falls below its own best look while the trained "
+            "one goes on rising: end the run early (stop), say so, or leave it"
+        },
+    )
     heldout_fall: float = field(
         default=0.2,
         metadata={

@@ -45,6 +45,7 @@ class Machinery:
         self._policy = algorithm.policy
         self._options = options
         self._likelihoods = algorithm.needs.trajectory
+        self._chained = algorithm.needs.chained_losses
         self.notes: list[str] = []  # what was changed for the run, for the person who watches
         self.average: Average | None = None  # of the weights, where the options ask for one
         self.parameters: list[nn.Parameter] = list(self._policy.trainable_parameters())
@@ -57,6 +58,13 @@ class Machinery:
 
     def __enter__(self) -> Machinery:
         on_cpu = torch.device(self._policy.device).type == "cpu"
+        if self._chained and self._options.mixed_precision == "fp16":
+            raise UserError(
+                "each loss is made of the gradient of the one before, and fp16's scaler would "
+                "multiply every one of them",
+                where="train.mixed_precision",
+                fix="use no, or bf16",
+            )
         if on_cpu and self._options.mixed_precision == "fp16":
             raise UserError(
                 "fp16 needs a GPU", where="train.mixed_precision", fix="use no, or bf16"

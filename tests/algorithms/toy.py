@@ -79,13 +79,17 @@ class ToyPolicy:
         self.bare = self.denoiser
         self.start = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.device = torch.device("cpu")
-        self.info = SimpleNamespace(name="toy", steps=4, guidance_scale=1.0, height=2, width=2)
+        self.info = SimpleNamespace(
+            name="toy", steps=4, guidance_scale=1.0, height=2, width=2, frames=None
+        )
         self.calls = 0
 
     def encode(self, prompts: Sequence[str], **options: Any) -> ToyConditioning:
         return ToyConditioning(tuple(prompts))
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(
+        self, steps: int, *, height: int | None = None, width: int | None = None
+    ) -> Schedule:
         return ddim_schedule(CONFIG, steps)
 
     def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
@@ -95,14 +99,33 @@ class ToyPolicy:
         return noise
 
     def predict(
-        self, x_t: Tensor, timestep: Tensor, cond: ToyConditioning, *, guidance_scale: float
+        self,
+        x_t: Tensor,
+        timestep: Tensor,
+        cond: ToyConditioning,
+        *,
+        guidance_scale: float,
+        guidance_gradient: str = "both",
     ) -> Tensor:
         self.calls += len(cond) * (2 if guidance_scale > 1 else 1)
         # "Guidance" shifts the prediction, so that unguided training is another policy.
         return self.denoiser(x_t, cond.extra.to(x_t) * guidance_scale)
 
-    def decode(self, x_0: Tensor, *, chunk: int | None = None) -> Tensor:
+    def decode(
+        self, x_0: Tensor, *, chunk: int | None = None, frames: Sequence[int] | None = None
+    ) -> Tensor:
         return torch.sigmoid(x_0).expand(-1, 3, -1, -1)
+
+    def decode_gradient(
+        self,
+        x_0: Tensor,
+        pixel_gradient: Tensor,
+        *,
+        chunk: int | None = None,
+        frames: Sequence[int] | None = None,
+    ) -> Tensor:
+        pixels = torch.sigmoid(x_0)
+        return pixel_gradient.sum(1, keepdim=True) * pixels * (1 - pixels)
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         return list(self.bare.parameters())

@@ -73,10 +73,13 @@ class FakePolicy:
         guidance_scale: float,
         height: int | None = None,
         width: int | None = None,
+        frames: int | None = None,
     ) -> FakeConditioning:
         return FakeConditioning(tuple(prompts), tuple(negative_prompts or [""] * len(prompts)))
 
-    def schedule(self, steps: int) -> Schedule:
+    def schedule(
+        self, steps: int, *, height: int | None = None, width: int | None = None
+    ) -> Schedule:
         config = {
             "num_train_timesteps": 1000,
             "beta_start": 0.00085,

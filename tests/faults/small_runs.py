@@ -23,6 +23,7 @@ from torch import Tensor
 
 import reward_models.backbones
 from diffusion_align.algorithms import catalogue
+from diffusion_align.algorithms.draft_options import DraftOptions
 from diffusion_align.algorithms.options import DDPOOptions
 from diffusion_align.algorithms.reward_options import RewardOptions
 from diffusion_align.algorithms.reward_training import RewardTraining
@@ -48,12 +49,14 @@ class SmallRun:
         train: of the whole run.
         asks_reward: whether there is a reward that may fail.
         looks: whether sample pictures are drawn while it runs.
+        updates: of one iteration.
     """
 
     build: Callable[[Reward, Path | None], Any]
     train: TrainOptions
     asks_reward: bool = True
     looks: bool = True
+    updates: int = 2
 
 
 class Reward:
@@ -64,7 +67,7 @@ class Reward:
 
     def __init__(self, mood: Mood = "well", at: int = 0) -> None:
         self.mood, self.at, self.calls = mood, at, 0
-        self.info = RewardInfo("brightness", "image", False, "0 to 1", "-", "-")
+        self.info = RewardInfo("brightness", "image", True, "0 to 1", "-", "-")
 
     def score(
         self,
@@ -210,5 +213,20 @@ RUNS: dict[str, SmallRun] = {
         _online("ddpo", DDPOOptions(**_COLLECTION, timestep_fraction=0.7, clip_range=0.05)), _TRAIN
     ),
     "rwr": SmallRun(_online("rwr", RWROptions(**_COLLECTION, timesteps_per_sample=2)), _TRAIN),
+    "draft": SmallRun(
+        _online(
+            "draft",
+            DraftOptions(
+                preset="alignprop",
+                prompts_per_iteration=3,
+                samples_per_prompt=4,
+                train_batch_size=6,
+                lv_copies=0,
+                range_check="off",
+            ),
+        ),
+        _TRAIN,
+        updates=1,
+    ),
     "reward": SmallRun(_reward_training, _TRAIN, asks_reward=False, looks=False),
 }

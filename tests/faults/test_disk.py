@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from leftovers import differing, leftovers, sound_checkpoints
+from small_runs import RUNS
 
 from diffusion_align.algorithms import catalogue
 
@@ -84,13 +85,14 @@ def test_an_output_that_becomes_read_only_is_named_and_nothing_is_lost(
     whole, _, _ = bench.uninterrupted(name)
     folder = open_folder / "run"
     # In the third iteration; after the fourth a checkpoint is due.
-    fault = {"deed": "readonly", "name": "update", "nth": 6}
+    updates = RUNS[name].updates
+    fault = {"deed": "readonly", "name": "update", "nth": 3 * updates}
     ended = bench.run(name, folder, fault=fault)
     assert ended.status == SAID, ended.said
     assert "could not be written (Permission denied)" in ended.said
     assert f"error: {folder}" in ended.said and "choose another output" in ended.said
     writable(folder)
-    assert list(sound_checkpoints(folder).values()) == [4]
+    assert list(sound_checkpoints(folder).values()) == [2 * updates]
     ended = bench.run(name, folder)
     assert ended.status == 0, ended.said
     assert differing(whole, leftovers(folder)) == []

@@ -21,15 +21,16 @@ def test_a_reward_that_fails_is_named_and_the_run_goes_on_later(
 ) -> None:
     whole, _, _ = bench.uninterrupted(name)
     folder = tmp_path / "run"
-    # Three calls an iteration: the second of the fourth, when a checkpoint of step 4 is there.
+    updates = RUNS[name].updates
+    # Three calls an iteration: the second of the fourth, when a checkpoint of the second is there.
     ended = bench.run(name, folder, mood=mood, at=10)
     assert ended.status == SAID, ended.said
     assert "error: reward brightness, iteration 3: " in ended.said
     told = "ValueError: the scorer lost its mind" if mood == "raises" else "no answer within 0.4 s"
     assert told in ended.said
     # What the third iteration learnt was saved before the error ended the run.
-    assert "step 6 is saved" in ended.said and "go on with --resume" in ended.said
-    assert list(sound_checkpoints(folder).values()) == [4, 6]
+    assert f"step {3 * updates} is saved" in ended.said and "go on with --resume" in ended.said
+    assert list(sound_checkpoints(folder).values()) == [2 * updates, 3 * updates]
     ended = bench.run(name, folder)
     assert ended.status == 0, ended.said
     assert differing(whole, leftovers(folder)) == []

@@ -46,3 +46,29 @@ def folders(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def frozen(folders: dict[str, Path]) -> dict[str, Policy]:
     """One frozen policy per folder; tests leave them as they are."""
     return {name: Policy.load(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture(scope="session")
+def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Saved pipelines of the transformer families: SD3 (also with dynamic shifting), FLUX (also
+    told no scale), Wan 2.1, CogVideoX (also with rotary positions)."""
+    tiny = _load(Path(__file__).with_name("tiny_transformers.py"), "tiny_transformers")
+    root = tmp_path_factory.mktemp("transformers")
+    made = {
+        "sd3": tiny.stable_diffusion_3(),
+        "sd3-dynamic": tiny.stable_diffusion_3(use_dynamic_shifting=True),
+        "flux": tiny.flux(),
+        "flux-schnell": tiny.flux(schnell=True),
+        "wan": tiny.wan(),
+        "cogvideox": tiny.cogvideox(),
+        "cogvideox-rotary": tiny.cogvideox(rotary=True),
+    }
+    for name, pipeline in made.items():
+        pipeline.save_pretrained(root / name)
+    return {name: root / name for name in made}
+
+
+@pytest.fixture(scope="session")
+def frozen_transformers(transformers_of: dict[str, Path]) -> dict[str, Policy]:
+    """One frozen policy per folder; tests leave them as they are."""
+    return {name: Policy.load(folder) for name, folder in transformers_of.items()}

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from diffusion_align.algorithms.ddpo import DDPO
+from diffusion_align.algorithms.draft import Draft
+from diffusion_align.algorithms.draft_options import DraftOptions
 from diffusion_align.algorithms.options import DDPOOptions
 from diffusion_align.algorithms.rwr import RWR
 from diffusion_align.algorithms.rwr_options import RWROptions
@@ -56,11 +58,14 @@ class Picky:
     fail_on_rank: int | None = None
     slow_on_rank: int | None = None
     scope: str = "item"
+    differentiable: bool = False
 
     @property
     def info(self) -> RewardInfo:
         scope: Any = self.scope
-        return RewardInfo("picky", "image", False, "0 to 1", "-", "-", scope=scope)
+        return RewardInfo(
+            "picky", "image", self.differentiable, "about 0 to 6", "-", "-", scope=scope
+        )
 
     def score(
         self,
@@ -117,6 +122,23 @@ def rwr(folder: Path, **settings: Any) -> RWR:
     )
     prompts = [Prompt("a"), Prompt("bb"), Prompt("cccc"), Prompt("ddddd")]
     return RWR(like.policy, like.reward, prompts, options=options, sampling=like.sampling, seed=3)
+
+
+def draft(folder: Path, **settings: Any) -> Draft:
+    """The same world by the reward's gradient: a chain of losses, two of them LV copies."""
+    like = ddpo(folder, **settings)
+    assert isinstance(like.reward, Picky)
+    like.reward.differentiable = True
+    options = DraftOptions(
+        preset="draft",
+        lv_copies=2,
+        kl_weight=0.1,
+        prompts_per_iteration=3,
+        samples_per_prompt=3,
+        train_batch_size=3,
+    )
+    prompts = [Prompt("a"), Prompt("bb"), Prompt("cccc"), Prompt("ddddd")]
+    return Draft(like.policy, like.reward, prompts, options=options, sampling=like.sampling, seed=3)
 
 
 def real(folder: Path, **settings: Any) -> DDPO:

@@ -188,6 +188,19 @@ def test_reward_weighted_regression_is_shared_as_well(
     same_rows(two, one)
 
 
+@pytest.mark.parametrize("distribution", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_chain_of_losses_is_shared_as_well(
+    alone: Callable[..., Ended], tmp_path: Path, distribution: str
+) -> None:
+    settings: dict[str, Any] = {"method": "draft", **FAILING_PICTURES}
+    train = {"accumulation": 3, "steps": 3}
+    two = start(tmp_path, "run", **settings, train={**train, "distribution": distribution})
+    assert two.codes == [0, 0], two.error(0)
+    one = alone(**settings, train=train)
+    close(two.weights(), one.weights())
+    same_rows(two, one)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

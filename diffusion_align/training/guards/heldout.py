@@ -1,4 +1,4 @@
-"""The held-out rule: stop where scores that nobody trained on fall while the trained one rises.
+"""The held-out rules: stop where scores that nobody trained on fall while the trained one rises.
 
 Every look at the model (`train.sample_every`) draws the same prompts from the same noise, so each
 look is compared with step 0 picture by picture. With d_p the mean difference of prompt p, the rule
@@ -11,6 +11,9 @@ holds at a look where for a held-out reward
 and it acts when the same reward has held it for `looks` looks in a row. Looks are of one base and
 correlated, so `looks` guards against a passing dip, the interval against the noise of few pictures.
 With one prompt there is no interval, and the rule never acts.
+
+A second rule, of the same form, looks at a reward that rose and turned: below its own best look,
+while the trained one rose since (`turning`).
 
 The best look is the one with the highest mean of held-out differences, each in standard deviations
 of step 0; step 0 itself has 0.
@@ -25,11 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.training.guard_options import GuardOptions
 from diffusion_align.training.guards.alarm import Alarm, Finding, Say
+from diffusion_align.training.guards.turning import Peak, Turn
 
 if TYPE_CHECKING:
     from diffusion_align.evaluation.statistics import Floats, Paired
 
 Table = list[list[float]]
+
+FALLS, TURNS = "stop_when_heldout_falls", "stop_when_heldout_turns"
+_PLEASED = "the reward is being pleased at the cost of what it stands for"
+_ADVICE = (
+    "train for fewer steps, lower train.learning_rate, raise algorithm.kl_weight, or add the "
+    "reward that falls to the trained one"
+)
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Best:
 
 
 class HeldoutGuard:
-    """stop_when_heldout_falls, keep_best.
+    """stop_when_heldout_falls, stop_when_heldout_turns, keep_best.
 
     Args:
         trained_on: names of the rewards that are no witnesses.
@@ -56,13 +67,15 @@ class HeldoutGuard:
         self._trained = list(trained_on)
         self._base: dict[str, Table] = {}
         self._alarms: dict[str, Alarm] = {}
+        self._turns: dict[str, Alarm] = {}
+        self._peaks: dict[str, Peak] = {}
         self.best = Best()
         self.ending: str | None = None
 
     @property
     def alarms(self) -> tuple[Alarm, ...]:
-        """One per held-out reward."""
-        return tuple(self._alarms.values())
+        """Two per held-out reward."""
+        return (*self._alarms.values(), *self._turns.values())
 
     def look(self, step: int, scores: Mapping[str, Floats], reward_rose: bool) -> bool:
         """Scores float64 [P, S] by reward, NaN where there is none, of the model at `step`.
@@ -82,8 +95,13 @@ class HeldoutGuard:
         rose = trained[0].rose if trained else reward_rose
         heldout = {name: pair for name, pair in pairs.items() if name not in self._trained}
         is_best = self._is_best(step, heldout)
+        judge = next((scores[name] for name in self._trained if name in pairs), None)
         for name, pair in heldout.items():
             self._watch(step, name, pair, rose)
+            if name not in self._peaks:
+                self._peaks[name] = Peak(self._base[name])
+            turn = self._peaks[name].look(step, pair.difference, pair.base_sd, scores[name], judge)
+            self._watch_turn(step, name, turn, rose)
         return is_best
 
     def _is_best(self, step: int, heldout: Mapping[str, Paired]) -> bool:
@@ -107,16 +125,40 @@ class HeldoutGuard:
                 f"deviations of step 0) in {alarm.held} looks in a row, while the trained reward "
                 "rose",
                 f"step {step}",
-                f"the reward is being pleased at the cost of what it stands for; {self._which()}\n"
-                "train for fewer steps, lower train.learning_rate, raise algorithm.kl_weight, or "
-                "add the reward that falls to the trained one",
+                f"{_PLEASED}; {self._which()}\n{_ADVICE}",
             )
 
         if alarm.rings(fell and rose, finding) and o.stop_when_heldout_falls == "stop":
-            found = finding()
-            alarm.forgive()  # a run that is resumed gets as many looks as any other
-            self.ending = f"{found.what}; {self._which()}"
-            self._say(f"guard stop_when_heldout_falls: {found.where}: {found.what}. {found.fix}")
+            self._end(alarm, finding())
+
+    def _watch_turn(self, step: int, name: str, turn: Turn | None, rose: bool) -> None:
+        o = self._options
+        alarm = self._turn_alarm(name)
+        if turn is None:
+            alarm.forgive()
+            return
+        fell = turn.fell and not turn.deviation > -o.heldout_fall
+        known = turn
+
+        def finding() -> Finding:
+            low, high = known.interval
+            return Finding(
+                f"held-out {name} turned: {known.peak + known.difference:.4g} after "
+                f"{known.peak:.4g} at step {known.step} ({known.difference:+.3g} [{low:+.3g}, "
+                f"{high:+.3g}], {known.deviation:+.2g} standard deviations of step 0) in "
+                f"{alarm.held} looks in a row, while the trained reward rose",
+                f"step {step}",
+                f"{_PLEASED}; {self._which()}\n{_ADVICE}",
+            )
+
+        since = rose if turn.rose is None else turn.rose
+        if alarm.rings(fell and since, finding) and o.stop_when_heldout_turns == "stop":
+            self._end(alarm, finding())
+
+    def _end(self, alarm: Alarm, found: Finding) -> None:
+        alarm.forgive()  # a run that is resumed gets as many looks as any other
+        self.ending = f"{found.what}; {self._which()}"
+        self._say(f"guard {alarm.guard}: {found.where}: {found.what}. {found.fix}")
 
     def _which(self) -> str:
         if self.best.step == 0:
@@ -129,14 +171,19 @@ class HeldoutGuard:
 
     def _alarm(self, name: str) -> Alarm:
         if name not in self._alarms:
+            o = self._options
             self._alarms[name] = Alarm(
-                "stop_when_heldout_falls",
-                self._options.stop_when_heldout_falls,
-                self._options.heldout_looks,
-                self._say,
-                about=name,
+                FALLS, o.stop_when_heldout_falls, o.heldout_looks, self._say, about=name
             )
         return self._alarms[name]
+
+    def _turn_alarm(self, name: str) -> Alarm:
+        if name not in self._turns:
+            o = self._options
+            self._turns[name] = Alarm(
+                TURNS, o.stop_when_heldout_turns, o.heldout_looks, self._say, about=name
+            )
+        return self._turns[name]
 
     def _fits(self, name: str, values: Floats) -> bool:
         """Whether step 0 has the same pictures; they differ where a resumed run has others."""
@@ -153,10 +200,12 @@ class HeldoutGuard:
         return paired(base.reshape(-1), values.reshape(-1), prompts.tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """The scores of step 0, the counts, the best look."""
+        """The scores of step 0, the counts, the best looks."""
         return {
             "base": {name: [list(row) for row in table] for name, table in self._base.items()},
             "alarms": {name: alarm.state_dict() for name, alarm in self._alarms.items()},
+            "turns": {name: alarm.state_dict() for name, alarm in self._turns.items()},
+            "peaks": {name: peak.state_dict() for name, peak in self._peaks.items()},
             "best": [self.best.step, self.best.score],
         }
 
@@ -165,6 +214,12 @@ class HeldoutGuard:
         self._base = {name: [list(row) for row in table] for name, table in state["base"].items()}
         for name, counts in state["alarms"].items():
             self._alarm(name).load_state_dict(counts)
+        # Checkpoints of earlier versions have neither.
+        for name, counts in state.get("turns", {}).items():
+            self._turn_alarm(name).load_state_dict(counts)
+        for name, peak in state.get("peaks", {}).items():
+            self._peaks[name] = Peak([])
+            self._peaks[name].load_state_dict(peak)
         step, score = state["best"]
         self.best = Best(int(step), float(score))
         self.ending = None
