@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.data.judgement_options import COUNT, HELD_OUT_COUNT, JudgementOptions
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.reward_training import RewardTraining

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_align.reporting.redaction import redact
 from diffusion_align.reporting.trackers.base import Picture, Row
+from diffusion_align.secrecy.redaction import redact
 
 
 class JsonlTracker:

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from diffusion_align.errors import UserError, did_you_mean
-from diffusion_align.reporting.redaction import redact, redact_value
 from diffusion_align.reporting.trackers.base import Picture, Row, Sitting, Tracker
 from diffusion_align.reporting.trackers.jsonl import JsonlTracker
+from diffusion_align.secrecy.redaction import redact, redact_value
 
 REMEMBERED = "trackers.json"
 CAPTIONS = "prompts.jsonl"

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from diffusion_align.reporting import places, secrets
-from diffusion_align.reporting.secrets import Secret, is_ordinary, is_secret_name, looks_random
+from diffusion_align.secrecy import places, secrets
+from diffusion_align.secrecy.secrets import Secret, is_ordinary, is_secret_name, looks_random
 
 __all__ = ["is_secret_name", "is_secret_value", "placeholders", "redact", "redact_value"]
 
