@@ -16,8 +16,8 @@ from typer.core import TyperGroup
 from diffusion_align import __version__
 from diffusion_align.commands import check, doctor, listing, pictures, publish, scoring, training
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact
-from diffusion_align.reporting.streams import redact_standard_streams
+from diffusion_align.secrecy.redaction import redact
+from diffusion_align.secrecy.streams import redact_standard_streams
 
 _DEBUG = "--debug"
 
