@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -122,6 +122,22 @@ class Schedule:
     ) -> Tensor:
         """The std of every step, [S] float32, without a network; arguments as `step`."""
         return self._weights(eta, flow_kind, noise_level).std.float()
+
+    def leverage(
+        self, *, eta: float = 1.0, flow_kind: FlowKind = "sde", noise_level: float = 0.7
+    ) -> Tensor:
+        """|d mean / d prediction| / std of every step, [S] float64; arguments as `step`.
+
+        By how many stds of the step an equal change of the prediction moves its mean, and so how
+        strongly it moves the step's log-probability. Infinite where the step has no noise.
+        """
+        index = torch.arange(len(self))
+        one = torch.ones(len(self), 1, dtype=torch.float64)
+        unclipped = replace(self, clip_sample_range=None)
+        step = unclipped.step(
+            one, 0 * one, index, eta=eta, flow_kind=flow_kind, noise_level=noise_level
+        )
+        return (step.mean / step.std).abs().flatten()
 
     def stochastic_steps(
         self, *, eta: float = 1.0, flow_kind: FlowKind = "sde", noise_level: float = 0.7

@@ -267,3 +267,22 @@ def test_the_room_imports_torch_lazily_and_never_diffusers() -> None:
         "assert dir(room) == sorted(room.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_leverage_is_how_many_stds_the_mean_moves_with_the_prediction(kind: str) -> None:
+    schedule = ddim_schedule({"prediction_type": kind, "beta_schedule": "scaled_linear"}, 7)
+    flow_steps = flow_schedule({"shift": 3.0}, 7)
+    for chosen in (schedule, flow_steps):
+        leverage = chosen.leverage(eta=0.8, noise_level=0.6)
+        assert leverage.shape == (7,)
+        for i in range(7):
+            prediction = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+            x_t = torch.full((1, 3), 0.1, dtype=torch.float64)
+            step = chosen.step(prediction, x_t, i, eta=0.8, noise_level=0.6)
+            (slope,) = torch.autograd.grad(step.mean[0, 0], prediction)
+            if float(step.std) > 0:
+                expected = float(slope[0, 0].abs() / step.std)
+                assert float(leverage[i]) == pytest.approx(expected, rel=1e-6)
+            else:
+                assert bool(leverage[i].isinf())
