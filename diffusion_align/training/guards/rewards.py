@@ -42,8 +42,12 @@ def spread_of(metrics: Mapping[str, float]) -> float | None:
 LUCK = 2.5
 """By so many standard deviations of single iterations the first may have lain above all."""
 
-SCATTER_OF_MEDIAN = 1 / 1.652
-"""Standard deviation of normal values from the median of |a - 2 b + c|, three in a row."""
+FEW = 6
+"""With so many bends the scatter counts twice, with many as it is."""
+
+SCATTER_OF_UPPER = 1 / 2.818
+"""Standard deviation of normal values from the upper quartile of |a - 2 b + c|, three in a row.
+The quartile, as one bad iteration bends the curve in three places."""
 
 
 class Running:
@@ -57,7 +61,11 @@ class Running:
     @property
     def scatter(self) -> float:
         """Standard deviation of single iterations, as other prompts come; no trend is in it."""
-        return SCATTER_OF_MEDIAN * median(self._bends) if self._bends else 0.0
+        if not self._bends:
+            return 0.0
+        # A quantile of few is often far too small.
+        upper = sorted(self._bends)[len(self._bends) * 3 // 4]
+        return upper * SCATTER_OF_UPPER * (1 + FEW / len(self._bends))
 
     @property
     def now(self) -> float:
