@@ -25,8 +25,8 @@ from diffusion_align.commands import (
     training,
 )
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact
-from diffusion_align.reporting.streams import redact_standard_streams
+from diffusion_align.secrecy.redaction import redact
+from diffusion_align.secrecy.streams import redact_standard_streams
 
 _DEBUG = "--debug"
 

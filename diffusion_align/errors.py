@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 
 class UserError(Exception):

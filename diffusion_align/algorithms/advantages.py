@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 EPSILON = 1e-6
 """Added to every standard deviation. *Source:* ddpo-pytorch's ``stat_tracking.py``."""

@@ -85,10 +85,10 @@ class TrajectoryMinibatch:
         """The transitions of these steps, flattened: B x G of them, sample by sample."""
         steps = self.steps[:, group]
         samples, count = steps.shape
-        cond = self.cond
+        cond, rows, flat = self.cond, self.rows, steps.flatten()
         if count > 1:
             cond = cond.take(torch.arange(samples).repeat_interleave(count))
-        rows, flat = self.rows.repeat_interleave(count), steps.flatten()
+            rows = rows.repeat_interleave(count)
         return Pairs(self.latents[rows, flat], self.latents[rows, flat + 1], flat, cond)
 
 

@@ -106,6 +106,7 @@ class DDPO:
         )
         refuse_dropout(policy.denoiser)
         self._trained_steps = o.drawn(o.noisy(len(self._steps)))
+        self._step_weights = self._weights()
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
         self._online = Online(prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
@@ -120,8 +121,10 @@ class DDPO:
             f"clip range {o.clip_range:g} {o.clip_unit}: {mean:.3g} in the mean over {n} "
             f"dimensions, {mean * n:.3g} nats in their sum",
             f"one iteration: {o.prompts_per_iteration} prompts x {o.samples_per_prompt} samples, "
-            f"{self._trained_steps} of {self.sampling.steps} steps trained, guidance "
+            f"{self._trained_steps} of {self.sampling.steps} steps trained"
+            f"{f' ({o.noise_window} have noise)' if o.noise_window else ''}, guidance "
             f"{self.sampling.guidance_scale:g} in sampling and {self._guidance:g} in training",
+            *([self._scaling()] if o.step_weights == "prediction" else []),
             *(kl if o.kl_weight > 0 else []),
         ]
 
@@ -184,6 +187,24 @@ class DDPO:
             batch = replace(batch, old_log_probs=old_log_probs)
         return replace(batch, metrics=self._metrics(collected, advantages, learnt))
 
+    def _scaling(self) -> str:
+        used = self._step_weights[self._steps]
+        return (
+            f"log-ratios are scaled at each step, by {used.max():.3g} to {used.min():.3g}; the "
+            "clip range is that of the scaled ones"
+        )
+
+    def _weights(self) -> Tensor:
+        """What log-ratios are multiplied with, [S]: 1, or the mean leverage over the step's."""
+        weights = torch.ones(self.sampling.steps, device=self.policy.device)
+        if self.options.step_weights == "prediction":
+            s = self.sampling
+            leverage = self._likelihood.schedule.leverage(
+                eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
+            )[self._steps]
+            weights[self._steps] = (leverage.mean() / leverage).to(weights)
+        return weights
+
     def _metrics(
         self, collected: Collection, advantages: Tensor, learnt: Tensor
     ) -> dict[str, float]:
@@ -226,8 +247,10 @@ class DDPO:
         for group in minibatch.groups(self.options.timesteps_per_loss):
             pairs = minibatch.pairs(group)
             transition = self._likelihood.transition(pairs, self._guidance)
-            log_prob = transition.log_prob(pairs.x_next, self._likelihood.reduction)
+            weight = self._step_weights[pairs.steps]
+            log_prob = weight * transition.log_prob(pairs.x_next, self._likelihood.reduction)
             old_log_prob = minibatch.old_log_probs[:, group]
+            old_log_prob = weight.view_as(old_log_prob) * old_log_prob
             if minibatch.idle:  # zeros have no old likelihood: a ratio of 1 stays finite
                 old_log_prob = log_prob.detach().view_as(old_log_prob)
             advantage = minibatch.advantages[:, None].expand_as(old_log_prob)

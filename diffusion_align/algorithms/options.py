@@ -178,6 +178,14 @@ class DDPOOptions(CollectionOptions):
             "iteration; 0 = every step takes noise"
         },
     )
+    step_weights: Literal["likelihood", "prediction"] = field(
+        default="likelihood",
+        metadata={
+            "doc": "likelihood: the log-ratio as it is, in which late steps outweigh early ones by "
+            "far; prediction: scaled at each step, so that an equal change of the denoiser's "
+            "output counts the same at every step"
+        },
+    )
     advantage_floor: float = field(
         default=0.0,
         metadata={

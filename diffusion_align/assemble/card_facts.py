@@ -47,7 +47,7 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
     from diffusion_align.policy.catalogue import resolve
     from diffusion_align.publish.card import Card
     from diffusion_align.publish.contents import COMFYUI_FILE
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
 
     info, method = resolve(config.model.id), catalogue.resolve(config.algorithm.name)
     learnt = [prompt.text for prompt in training_prompts(config)]
@@ -120,7 +120,7 @@ def write_reward_card(final: Path) -> None:
     from diffusion_align.publish.card import write_card
     from diffusion_align.publish.contents import REWARD_FILE
     from diffusion_align.publish.reward_card import RewardCard, render_reward
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
     from reward_models.trained import read_card
 
     card = read_card(final / REWARD_FILE)
@@ -163,7 +163,7 @@ def _base(config: RunConfig) -> Base:
 def _rewards(name: str) -> tuple[RewardFacts, ...]:
     """The reward, or the terms of a sum, with what the catalogue or their own files say."""
     from diffusion_align.publish.card import RewardFacts
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
     from reward_models.base import RewardError
     from reward_models.catalogue import TRAINED_FILE, components, find
     from reward_models.trained import read_card
@@ -185,7 +185,7 @@ def _rewards(name: str) -> tuple[RewardFacts, ...]:
 
 
 def _settings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    from diffusion_align.reporting.redaction import redact, redact_value
+    from diffusion_align.secrecy.redaction import redact, redact_value
 
     yield "reward", redact(shown_name(config.reward))
     yield "model.dtype", config.model.dtype

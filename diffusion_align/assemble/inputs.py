@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact_value
+from diffusion_align.secrecy.redaction import redact_value
 
 if TYPE_CHECKING:
     from diffusion_align.config import RewardRunConfig, RunConfig

@@ -88,7 +88,7 @@ def sample_pictures(
     from diffusion_align.data.images import write_png
     from diffusion_align.evaluation.generate import generate
     from diffusion_align.policy import Policy
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
 
     run = run_of(tuned, needed=False) if tuned else None
     how = drawing.loading(model, run)

@@ -87,7 +87,7 @@ def write_model_card(config: RunConfig, tuned: Tuned, check: str, say: Say) -> N
     """`README.md` beside the weights; one that a person edited is left alone, which is said."""
     from diffusion_align.assemble.card_facts import card_of
     from diffusion_align.publish.card import render, write_card
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
 
     kind: Kind = "model" if tuned.whole else "lora"
     if not write_card(tuned.folder, render(card_of(config, tuned, kind, check), redact)):
@@ -158,7 +158,7 @@ def merge_run(run: Path, out: Path, *, dtype: str, check: bool, device: str, say
     from diffusion_align.publish.card import render, write_card
     from diffusion_align.publish.merge import merge, save_merged
     from diffusion_align.publish.self_check import TOLERANCE, draw_plainly
-    from diffusion_align.reporting.redaction import redact
+    from diffusion_align.secrecy.redaction import redact
 
     lora = find_lora(run)
     config = _config_of(find_tuned(run))

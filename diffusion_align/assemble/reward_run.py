@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.data.judgement_options import COUNT, HELD_OUT_COUNT, JudgementOptions
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.reward_training import RewardTraining
@@ -44,14 +44,13 @@ def train_reward(
         UserError, RewardError: anything a person can put right.
     """
     from diffusion_align.algorithms import catalogue
-    from diffusion_align.assemble.inputs import look_at_inputs, write_inputs
+    from diffusion_align.assemble.inputs import look_at_inputs
     from diffusion_align.assemble.run import begin_run
     from diffusion_align.policy.devices import device_of
     from diffusion_align.reporting.console import Console, Quiet
     from diffusion_align.training.distribution import is_main_process
     from diffusion_align.training.final import write_final
     from diffusion_align.training.loop import train
-    from diffusion_align.training.run_folder import RunFolder
 
     writes = is_main_process()  # of several processes one talks and writes
     reporter = Console() if writes else Quiet()
@@ -69,15 +68,12 @@ def train_reward(
         trained_on=[redact(config.data.source)],
         validate_at_end=False,
     )
-    output = Path(str(config.output)).expanduser()
-    if writes:
-        output = begin_run(config, resume=resume, new=new).path
-        write_inputs(RunFolder(output), inputs)
+    folder = begin_run(config, inputs, resume=resume, new=new)
     result = train(
         training,
         options=config.train,
         guards=config.guards,
-        output=output,
+        output=folder.path,
         resume=resume,
         seed=config.seed,
         reporter=reporter,
@@ -85,7 +81,7 @@ def train_reward(
     # Who interrupts a run waits for no validation: the best weights so far are saved already.
     if writes and not result.interrupted:
         training.finish()
-        write_final(RunFolder(output).final, training.save, reporter.message)
+        write_final(folder.final, training.save, reporter.message)
     return TrainedReward(training, result)
 
 

@@ -21,6 +21,7 @@ from diffusion_align.assemble.publishing import publish_run, write_model_card
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
+    from diffusion_align.assemble.inputs import Inputs
     from diffusion_align.config import RewardRunConfig, RunConfig
     from diffusion_align.evaluation.comparison import Comparison
     from diffusion_align.policy import Policy
@@ -45,16 +46,26 @@ class TrainedRun:
 
 
 def begin_run(
-    config: RunConfig | RewardRunConfig, *, resume: bool = False, new: bool = False
+    config: RunConfig | RewardRunConfig,
+    inputs: Inputs,
+    *,
+    resume: bool = False,
+    new: bool = False,
 ) -> RunFolder:
-    """The run's folder, opened, with the resolved config in it.
+    """The run's folder, opened, with the resolved config and what it reads in it.
+
+    Of several processes the main one does this, before the loop lets the others in.
 
     Raises:
-        UserError: as `open_run_folder`, or the config cannot be written.
+        UserError: as `open_run_folder`, or the config or `inputs` cannot be written.
     """
+    from diffusion_align.assemble.inputs import write_inputs
     from diffusion_align.config import to_yaml
-    from diffusion_align.training.run_folder import open_run_folder
+    from diffusion_align.training.distribution import is_main_process
+    from diffusion_align.training.run_folder import RunFolder, open_run_folder
 
+    if not is_main_process():
+        return RunFolder(Path(str(config.output)).expanduser())
     folder = open_run_folder(config.output, resume=resume, new=new)
     record, unfinished = folder.path / "config.yaml", folder.path / ".config.yaml"
     try:
@@ -66,6 +77,7 @@ def begin_run(
             where=str(record),
             fix="choose another folder with output=...",
         ) from error
+    write_inputs(folder, inputs)
     return folder
 
 
@@ -80,7 +92,7 @@ def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> 
     """
     import reward_models
     from diffusion_align.algorithms import catalogue
-    from diffusion_align.assemble.inputs import look_at_inputs, write_inputs
+    from diffusion_align.assemble.inputs import look_at_inputs
     from diffusion_align.assemble.memory_plan import write_plan
     from diffusion_align.assemble.together import settle_together
     from diffusion_align.evaluation.probe import Probe
@@ -115,17 +127,14 @@ def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> 
         sampling=config.sampling,
         run_seed=config.seed,
     )
-    output = Path(str(config.output)).expanduser()
+    folder = begin_run(asked, inputs, resume=resume, new=new)
     if writes:
-        folder = begin_run(asked, resume=resume, new=new)
-        write_inputs(folder, inputs)
         write_plan(folder.path, plan)
-        output = folder.path
     result = train(
         algorithm,
         options=config.train,
         guards=config.guards,
-        output=output,
+        output=folder.path,
         resume=resume,
         seed=config.seed,
         reporter=console,
@@ -134,7 +143,7 @@ def train_run(config: RunConfig, *, resume: bool = False, new: bool = False) -> 
     # Who interrupts a run waits for nothing; `push` makes up for it.
     check = ""
     if writes and not result.interrupted:
-        check = publish_run(asked, policy, output, console.message)
+        check = publish_run(asked, policy, folder.path, console.message)
     return TrainedRun(policy, rewards, result, check, config.evaluation.batch_size)
 
 

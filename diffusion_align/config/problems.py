@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 
 @dataclass(frozen=True)

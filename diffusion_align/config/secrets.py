@@ -18,7 +18,7 @@ from typing import Any
 
 from diffusion_align.config.problems import Problem
 from diffusion_align.config.source import Node
-from diffusion_align.reporting.redaction import is_secret_value, placeholders, redact_value
+from diffusion_align.secrecy.redaction import is_secret_value, placeholders, redact_value
 
 _REFERENCE = re.compile(r"(\$?)\$\{([A-Z_][A-Z0-9_]*)\}")
 

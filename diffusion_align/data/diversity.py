@@ -53,7 +53,8 @@ def diversity(samples: Tensor, features: Features | None = None) -> float:
 
 def _finite(samples: Tensor) -> Tensor:
     flat = samples.detach().float().flatten(1)
-    return flat[flat.isfinite().all(dim=1)]
+    # As in picture_statistics: several times faster than asking every value.
+    return flat[flat.amax(dim=1).isfinite() & flat.amin(dim=1).isfinite()]
 
 
 def _mean(distances: list[Tensor]) -> float:

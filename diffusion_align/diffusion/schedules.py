@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -22,11 +22,12 @@ from diffusion_align.diffusion.noising import train_alpha_bar
 from diffusion_align.diffusion.prediction import PredictionKind, coefficient
 from diffusion_align.diffusion.transitions import (
     FlowKind,
+    StepWeights,
     Transition,
-    ddim,
-    ddim_coefficients,
-    flow,
-    flow_coefficients,
+    ddim_weights,
+    ddim_with,
+    flow_weights,
+    flow_with,
 )
 
 _PREDICTION_KINDS: dict[str, PredictionKind] = {
@@ -57,6 +58,7 @@ class Schedule:
     levels: Tensor
     clip_sample_range: float | None = None
     landings: Tensor | None = None
+    _tables: dict[tuple[object, ...], Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         steps = len(self.timesteps)
@@ -75,7 +77,9 @@ class Schedule:
         Raises:
             IndexError: i is not a step of this schedule.
         """
-        level = self._pick(self.levels[:-1], i)
+        self._check_step(i)
+        levels = self.levels[:-1].to(i.device) if isinstance(i, Tensor) else self.levels
+        level = coefficient(levels[i])
         if self.family == "flow":
             return (1 - level).float(), level.float()
         return level.sqrt().float(), (1 - level).sqrt().float()
@@ -104,41 +108,36 @@ class Schedule:
             IndexError: i is not a step of this schedule.
             ValueError: shapes or options that do not fit (`ddim`, `flow`).
         """
-        level, landing = self._pick(self.levels[:-1], i), self._pick(self._landings(), i)
-        if self.family == "ddim":
-            return ddim(
-                prediction,
-                x_t,
-                level,
-                landing,
-                eta=eta,
-                kind=self.prediction,
-                clip_sample_range=self.clip_sample_range,
-            )
-        return flow(
-            prediction,
-            x_t,
-            level,
-            landing,
-            kind=flow_kind,
-            noise_level=noise_level,
-            sigma_max=float(self.levels[1]),
-        )
+        self._check_step(i)
+        device = i.device if isinstance(i, Tensor) else self.levels.device
+        table = self._table(eta, flow_kind, noise_level, device)
+        weights = StepWeights(*table[:, i].unbind())
+        if self.family == "flow":
+            return flow_with(weights, prediction, x_t)
+        clip = self.clip_sample_range
+        return ddim_with(weights, prediction, x_t, kind=self.prediction, clip_sample_range=clip)
 
     def std(
         self, *, eta: float = 1.0, flow_kind: FlowKind = "sde", noise_level: float = 0.7
     ) -> Tensor:
         """The std of every step, [S] float32, without a network; arguments as `step`."""
-        levels, landings = self.levels[:-1], self._landings()
-        if self.family == "ddim":
-            return ddim_coefficients(levels, landings, eta)[2].float()
-        return flow_coefficients(
-            levels,
-            landings,
-            kind=flow_kind,
-            noise_level=noise_level,
-            sigma_max=float(self.levels[1]),
-        )[2].float()
+        return self._weights(eta, flow_kind, noise_level).std.float()
+
+    def leverage(
+        self, *, eta: float = 1.0, flow_kind: FlowKind = "sde", noise_level: float = 0.7
+    ) -> Tensor:
+        """|d mean / d prediction| / std of every step, [S] float64; arguments as `step`.
+
+        By how many stds of the step an equal change of the prediction moves its mean, and so how
+        strongly it moves the step's log-probability. Infinite where the step has no noise.
+        """
+        index = torch.arange(len(self))
+        one = torch.ones(len(self), 1, dtype=torch.float64)
+        unclipped = replace(self, clip_sample_range=None)
+        step = unclipped.step(
+            one, 0 * one, index, eta=eta, flow_kind=flow_kind, noise_level=noise_level
+        )
+        return (step.mean / step.std).abs().flatten()
 
     def stochastic_steps(
         self, *, eta: float = 1.0, flow_kind: FlowKind = "sde", noise_level: float = 0.7
@@ -149,16 +148,42 @@ class Schedule:
     def _landings(self) -> Tensor:
         return self.levels[1:] if self.landings is None else self.landings
 
-    def _pick(self, values: Tensor, i: int | Tensor) -> Tensor:
-        """`values[i]` in float64, on the device of `i`; negative indices do not wrap around."""
+    def _table(
+        self, eta: float, flow_kind: FlowKind, noise_level: float, device: torch.device
+    ) -> Tensor:
+        """The `StepWeights` of all steps, float64 [5, S]: no batch changes them."""
+        key = (eta, device) if self.family == "ddim" else (flow_kind, noise_level, device)
+        if key not in self._tables:
+            # What is kept may take part in a gradient later on.
+            with torch.inference_mode(False):
+                weights = self._weights(eta, flow_kind, noise_level)
+                rows = torch.stack([getattr(weights, row.name) for row in fields(weights)])
+                # MPS has no float64.
+                self._tables[key] = (rows.float() if device.type == "mps" else rows).to(device)
+        return self._tables[key]
+
+    def _weights(self, eta: float, flow_kind: FlowKind, noise_level: float) -> StepWeights:
+        levels, landings = self.levels[:-1], self._landings()
+        if self.family == "ddim":
+            return ddim_weights(levels, landings, eta)
+        return flow_weights(
+            levels,
+            landings,
+            kind=flow_kind,
+            noise_level=noise_level,
+            sigma_max=float(self.levels[1]),
+        )
+
+    def _check_step(self, i: int | Tensor) -> None:
+        """Negative indices do not wrap around."""
         if isinstance(i, Tensor):
             # Only looked at on the CPU: elsewhere it would stall the device, which checks anyway.
-            if i.device.type == "cpu" and not bool(((i >= 0) & (i < len(self))).all()):
-                raise IndexError(f"steps {i.tolist()} of a schedule of {len(self)}")
-            return coefficient(values.to(i.device)[i])
-        if not 0 <= i < len(self):
+            if i.device.type == "cpu" and i.numel():
+                low, high = i.aminmax()
+                if int(low) < 0 or int(high) >= len(self):
+                    raise IndexError(f"steps {i.tolist()} of a schedule of {len(self)}")
+        elif not 0 <= i < len(self):
             raise IndexError(f"step {i} of a schedule of {len(self)}")
-        return coefficient(values[i])
 
 
 def _check_steps(steps: int) -> None:

@@ -126,6 +126,24 @@ class Transition:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class StepWeights:
+    """The numbers of a reverse step, float64, 0-d or one per item.
+
+    Attributes:
+        alpha, sigma: scale of the data and of the noise in x_t.
+        first, second: weights of the two tensors that the mean is made of: x0_hat and eps_hat
+            (ddim), x_t and v (flow).
+        std: of the Gaussian.
+    """
+
+    alpha: Tensor
+    sigma: Tensor
+    first: Tensor
+    second: Tensor
+    std: Tensor
+
+
 def _per_item(std: Tensor) -> Tensor:
     """[B, 1, ...] as [B]; 0-d as it is."""
     return std.reshape(-1) if std.ndim else std
@@ -191,15 +209,33 @@ def ddim(
     Source: equation 12 of arXiv 2010.02502; equal to diffusers' `DDIMScheduler.step` with its
     default `use_clipped_model_output=False`, except that it is finite at zero terminal SNR.
     """
-    x0_weight, eps_weight, std = ddim_coefficients(alpha_bar_t, alpha_bar_prev, eta)
+    weights = ddim_weights(alpha_bar_t, alpha_bar_prev, eta)
+    return ddim_with(weights, prediction, x_t, kind=kind, clip_sample_range=clip_sample_range)
+
+
+def ddim_weights(alpha_bar_t: Coefficient, alpha_bar_prev: Coefficient, eta: float) -> StepWeights:
+    """All numbers of a DDIM step; arguments and errors as `ddim_coefficients`."""
     a_t = coefficient(alpha_bar_t)
-    alpha, sigma = a_t.sqrt(), (1 - a_t).sqrt()
-    x0 = to_x0(prediction, x_t, alpha, sigma, kind)
+    return StepWeights(
+        a_t.sqrt(), (1 - a_t).sqrt(), *ddim_coefficients(alpha_bar_t, alpha_bar_prev, eta)
+    )
+
+
+def ddim_with(
+    weights: StepWeights,
+    prediction: Tensor,
+    x_t: Tensor,
+    *,
+    kind: PredictionKind,
+    clip_sample_range: float | None = None,
+) -> Transition:
+    """`ddim` with weights that are known already."""
+    x0 = to_x0(prediction, x_t, weights.alpha, weights.sigma, kind)
     if clip_sample_range is not None:
         x0 = x0.clamp(-clip_sample_range, clip_sample_range)
-    eps = to_eps(prediction, x_t, alpha, sigma, kind)
-    mean = spread(x0_weight, x0) * x0 + spread(eps_weight, eps) * eps
-    return Transition(mean=mean, std=spread(std, mean), x0=x0)
+    eps = to_eps(prediction, x_t, weights.alpha, weights.sigma, kind)
+    mean = spread(weights.first, x0) * x0 + spread(weights.second, eps) * eps
+    return Transition(mean=mean, std=spread(weights.std, mean), x0=x0)
 
 
 def flow_coefficients(
@@ -288,11 +324,31 @@ def flow(
     Raises:
         ValueError: shapes that do not fit, and as `flow_coefficients`.
     """
-    x_weight, v_weight, std = flow_coefficients(
+    weights = flow_weights(
         sigma, sigma_next, kind=kind, noise_level=noise_level, sigma_max=sigma_max
     )
+    return flow_with(weights, velocity, x_t)
+
+
+def flow_weights(
+    sigma: Coefficient,
+    sigma_next: Coefficient,
+    *,
+    kind: FlowKind,
+    noise_level: float,
+    sigma_max: float = 1.0,
+) -> StepWeights:
+    """All numbers of a flow step; arguments and errors as `flow_coefficients`."""
     t = coefficient(sigma)
-    x0 = to_x0(velocity, x_t, 1 - t, t, "flow")
+    mean_and_std = flow_coefficients(
+        sigma, sigma_next, kind=kind, noise_level=noise_level, sigma_max=sigma_max
+    )
+    return StepWeights(1 - t, t, *mean_and_std)
+
+
+def flow_with(weights: StepWeights, velocity: Tensor, x_t: Tensor) -> Transition:
+    """`flow` with weights that are known already."""
+    x0 = to_x0(velocity, x_t, weights.alpha, weights.sigma, "flow")
     velocity, x_t = widen(velocity), widen(x_t)
-    mean = spread(x_weight, x_t) * x_t + spread(v_weight, velocity) * velocity
-    return Transition(mean=mean, std=spread(std, mean), x0=x0)
+    mean = spread(weights.first, x_t) * x_t + spread(weights.second, velocity) * velocity
+    return Transition(mean=mean, std=spread(weights.std, mean), x0=x0)

@@ -15,7 +15,7 @@ from PIL import Image
 from diffusion_align.data.images import save_grid
 from diffusion_align.errors import UserError
 from diffusion_align.evaluation.comparison import Comparison, Side
-from diffusion_align.reporting.redaction import redact, redact_value
+from diffusion_align.secrecy.redaction import redact, redact_value
 
 GRID_PROMPTS = 8
 GRID_SEEDS = 3

@@ -26,8 +26,8 @@ from diffusion_align.evaluation.generate import (
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.evaluation.scoring import score_pictures
 from diffusion_align.evaluation.statistics import Floats
-from diffusion_align.reporting.redaction import redact
 from diffusion_align.sampling.options import SamplingOptions
+from diffusion_align.secrecy.redaction import redact
 
 if TYPE_CHECKING:
     from diffusion_align.policy import Policy

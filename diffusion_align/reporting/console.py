@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 _REMEMBERED = 20
 """Steps over which the rate is averaged."""

@@ -1,12 +1,13 @@
 """The training loop: one for every algorithm.
 
 collect -> cut into minibatches -> back-propagate every yielded loss -> clip -> update, with
-checkpoints between iterations. It knows the algorithm contract and nothing of any method.
+checkpoints between iterations (`savepoints`). It knows the algorithm contract and nothing of any
+method.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,20 +16,9 @@ from typing import Any
 import torch
 
 from diffusion_align.algorithms.base import Algorithm
-from diffusion_align.errors import UserError
 from diffusion_align.reporting.console import Console, Quiet, Reporter
 from diffusion_align.training import random_state
-from diffusion_align.training.best import BestWeights
-from diffusion_align.training.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    checkpoint_steps,
-    load_checkpoint,
-    load_newest,
-    save_checkpoint,
-)
 from diffusion_align.training.distribution import Attentive, Processes, check_equal, meet
-from diffusion_align.training.exactness import reservations
 from diffusion_align.training.final import write_final
 from diffusion_align.training.guard_options import GuardOptions
 from diffusion_align.training.guards.alarm import GuardStop
@@ -41,12 +31,12 @@ from diffusion_align.training.probe import Probe
 from diffusion_align.training.record import Recorder
 from diffusion_align.training.result import TrainResult
 from diffusion_align.training.run_folder import (
-    RunFolder,
     check_record,
     open_run_folder,
     write_environment,
     write_record,
 )
+from diffusion_align.training.savepoints import Savepoints, Start
 from diffusion_align.training.setup import Machinery
 
 
@@ -98,16 +88,27 @@ def train(
         recorder.looking = machinery.averaged
         stack.callback(recorder.close)
         algorithm.listener = Attentive(recorder.clock, group)
-        run = _Run(algorithm, options, folder, machinery, recorder, guards, group)
+        watch = Guards(
+            guards,
+            say=recorder.clock.message,
+            scaled=machinery.scaled,
+            clip=Clip.of(algorithm),
+            trained_on=algorithm.record().get("trained_on", ()),
+        )
+        savepoints = Savepoints(
+            algorithm, folder, machinery, recorder, watch, group, keep=options.keep_checkpoints
+        )
+        start = Start()
         if resume:
             check_record(folder, algorithm.record())
-            run.restore(reporter.message, probe)
+            start = savepoints.restore(reporter.message, probe)
+        run = _Run(algorithm, options, machinery, recorder, watch, savepoints, group, start)
         if group.is_main:
             write_environment(folder, str(machinery.device), group.size)
             write_record(folder, name, algorithm.record())
         interruption = stack.enter_context(Interruption(reporter.message))
         lines = [*algorithm.describe(), *machinery.notes, *run.remainder()]
-        recorder.start(run.step, run.seconds, lines, run.tracker_ids)
+        recorder.start(start.step, start.seconds, lines, start.trackers)
         run.iterate(interruption)
         if machinery.average is not None:
             machinery.average.adopt()  # checkpoints hold both; the policy is what final/ is
@@ -123,9 +124,6 @@ def train(
         )
 
 
-_Before = tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]
-
-
 class _Run:
     """The state of one run: step, iteration, and everything they move."""
 
@@ -133,37 +131,28 @@ class _Run:
         self,
         algorithm: Algorithm[Any, Any],
         options: TrainOptions,
-        folder: RunFolder,
         machinery: Machinery,
         recorder: Recorder,
-        guards: GuardOptions | None = None,
-        group: Processes | None = None,
+        guards: Guards,
+        savepoints: Savepoints,
+        group: Processes,
+        start: Start,
     ) -> None:
-        self.group = group or Processes()
-        self.algorithm, self.options, self.folder = algorithm, options, folder
+        self.algorithm, self.options, self.group = algorithm, options, group
         self.machinery, self.recorder = machinery, recorder
-        self.guards = Guards(
-            guards,
-            say=recorder.clock.message,
-            scaled=machinery.scaled,
-            clip=Clip.of(algorithm),
-            trained_on=algorithm.record().get("trained_on", ()),
-        )
-        self.best = BestWeights(folder.path / "best")
+        self.guards, self.savepoints = guards, savepoints
         recorder.on_look = self._looked
         self.per_iteration = algorithm.minibatch_count() // options.accumulation
         self.updated = False  # in this sitting
-        self.step = self.iteration = 0
-        self.seconds = 0.0
-        self.tracker_ids: dict[str, str] = {}  # of the runs that trackers keep elsewhere
-        self.saved_at = -1
+        self.step, self.iteration = start.step, start.iteration
 
     def iterate(self, interruption: Interruption) -> None:
         """Iterations until all steps are done or the run is interrupted; checkpoints between."""
         while self._goes_on(interruption):
-            if self.options.steps - self.step < self.per_iteration:
-                self._save_once()  # the coming iteration will end early, where nothing can be saved
-            before = self._before()
+            if self.step and self.options.steps - self.step < self.per_iteration:
+                # The coming iteration will end early, where nothing can be saved.
+                self.savepoints.save_once(self.step, self.iteration)
+            before = self.savepoints.moment()
             try:
                 # In a group another rank may be elsewhere: there the iteration is finished.
                 with interruption.droppable() if self.group.size == 1 else nullcontext():
@@ -171,14 +160,14 @@ class _Run:
                 self.guards.collected(batch.metrics, self.iteration)
             except (Interrupted, Exception) as error:
                 # Nothing was learnt from it, and it can be made again: as if it had not begun.
-                self._rewind(before, error)
+                self.savepoints.rewind(before, error)
                 if isinstance(error, Interrupted):
                     break
                 # Shards can be made whole only where all ranks fail at one place, as by a guard.
                 savable = not self.group.lockstep or isinstance(error, GuardStop)
                 self.group.fail(error, unsaved=savable)
                 if savable:
-                    self._rescue(before[-1])
+                    self.savepoints.rescue(self.step, self.iteration, before.randoms)
                 raise
             begun = self.step
             try:
@@ -186,16 +175,15 @@ class _Run:
                     return
             except GuardStop as error:
                 if self.step == begun:  # no update was made: the iteration can be repeated whole
-                    self._rewind(before, error)
-                    self._rescue()
+                    self.savepoints.rewind(before, error)
+                    self.savepoints.rescue(self.step, self.iteration)
                 raise
             self.iteration += 1
             self._check_updates()
             every = self.options.checkpoint_every
             if every and self.iteration % every == 0:
-                self._save()
-        if self.saved_at != self.step:
-            self._save()
+                self.savepoints.save(self.step, self.iteration)
+        self.savepoints.save_once(self.step, self.iteration)
 
     def _goes_on(self, interruption: Interruption) -> bool:
         """Whether another iteration begins. All ranks decide alike, whoever was told to end."""
@@ -204,20 +192,6 @@ class _Run:
         interruption.requested = requested
         return self.step < self.options.steps and not requested and not ending
 
-    def _before(self) -> _Before:
-        """What an iteration changes before its first update; random states of all ranks."""
-        random = self.group.exchange(random_state.capture())
-        return self.algorithm.state_dict(), self.guards.state_dict(), random
-
-    def _rewind(self, before: _Before, error: BaseException) -> None:
-        """As if the iteration had not begun; a guard that ended it may count anew."""
-        algorithm, guards, randoms = before
-        random = randoms[self.group.rank]
-        self.algorithm.load_state_dict(algorithm)
-        self.guards.load_state_dict(guards)
-        self.guards.forgive(error)
-        random_state.restore(random)
-
     def _check_updates(self) -> None:
         """What guards say at the end of an iteration; unless it is lost, it is saved first."""
         try:
@@ -225,16 +199,14 @@ class _Run:
         except NotFinite:
             raise
         except GuardStop:
-            self._rescue()
+            self.savepoints.rescue(self.step, self.iteration)
             raise
 
     def _looked(self, step: int, scores: Mapping[str, Any]) -> None:
         if self.group.lockstep:  # all have looked, and a score need not be the same on all
             scores = self.group.exchange(scores)[0]
         if self.guards.looked(step, scores):
-            with self.machinery.savable():
-                if self.group.is_main:
-                    self.best.keep(step, self.algorithm.policy.save)
+            self.savepoints.keep_best(step)
 
     def remainder(self) -> list[str]:
         """What to say where the last step falls inside an iteration."""
@@ -247,25 +219,6 @@ class _Run:
             "more: a run that goes on later repeats these, because nothing is saved inside an "
             f"iteration (train.steps={' or '.join(map(str, near))} wastes none)"
         ]
-
-    def _save_once(self, randoms: list[dict[str, Any]] | None = None) -> None:
-        """A checkpoint of what was learnt so far, where there is none yet."""
-        if self.step > 0 and self.saved_at != self.step:
-            self._save(randoms)
-
-    def _rescue(self, randoms: list[dict[str, Any]] | None = None) -> None:
-        """Save before an error ends the run; the error itself matters more than a failed save."""
-        say = self.recorder.clock.message
-        try:
-            self._save_once(randoms)
-        except UserError as error:
-            say(f"the run stops, and its last steps could not be saved: {error}")
-            return
-        if self.step > 0:
-            say(
-                f"the run stops; step {self.step} is saved in "
-                f"{checkpoint_path(self.folder.checkpoints, self.step)}: go on with --resume"
-            )
 
     def _learn(self, batch: Any) -> bool:
         """The updates of one batch. False where the run's last step came before its end."""
@@ -312,81 +265,3 @@ class _Run:
             **self.guards.readings(),
         }
         self.recorder.step(self.step, self.iteration, numbers)
-
-    def _save(self, randoms: list[dict[str, Any]] | None = None) -> None:
-        """Write a checkpoint. Random states of all ranks are asked for where none are given."""
-        randoms = randoms or self.group.exchange(random_state.capture())
-        parameters, state = self.machinery.whole_parameters(), self.machinery.state_dict()
-        self.saved_at = self.step
-        if not self.group.is_main:
-            return
-        self.folder.flush()
-        checkpoint = Checkpoint(
-            step=self.step,
-            iteration=self.iteration,
-            seconds=self.recorder.seconds(),
-            algorithm=type(self.algorithm).__name__,
-            parameters=parameters,
-            state={
-                "algorithm": self.algorithm.state_dict(),
-                "guards": self.guards.state_dict(),
-                "random": randoms[0],
-                "random_of_others": randoms[1:],
-                "trackers": self.recorder.tracker_ids,
-                **state,
-            },
-        )
-        self.saved_at = -1  # until it is
-        save_checkpoint(self.folder.checkpoints, checkpoint, keep=self.options.keep_checkpoints)
-        self.saved_at = self.step
-        self._settle_best()
-
-    def _settle_best(self) -> None:
-        """Drop the best weights that none of the kept checkpoints knows."""
-        steps = sorted(checkpoint_steps(self.folder.checkpoints))
-        self.best.settle(steps[-max(self.options.keep_checkpoints, 1) :])
-
-    def restore(self, say: Callable[[str], None], probe: Probe | None = None) -> None:
-        """Continue from the newest sound checkpoint, or from the beginning where there is none."""
-        checkpoint = self._newest(say)
-        if checkpoint is None:
-            self._cut(-1)
-            say("no checkpoint was made yet: beginning at step 0")
-            return
-        self.machinery.load(checkpoint, type(self.algorithm).__name__)
-        self.algorithm.load_state_dict(checkpoint.state["algorithm"])
-        self.tracker_ids = dict(checkpoint.state.get("trackers", {}))
-        if (watched := checkpoint.state.get("guards")) is not None:
-            self.guards.load_state_dict(watched)
-        lost = self._restore_random(checkpoint.state)
-        self.step, self.iteration = checkpoint.step, checkpoint.iteration
-        self.seconds, self.saved_at = checkpoint.seconds, checkpoint.step
-        self._cut(self.step)
-        say(f"resumed at step {self.step}, iteration {self.iteration}")
-        device, size = str(self.machinery.device), self.group.size
-        for line in reservations(
-            self.algorithm, self.folder, lost, device=device, processes=size, probe=probe
-        ):
-            say(line)
-
-    def _newest(self, say: Callable[[str], None]) -> Checkpoint | None:
-        """The main process chooses, and sets damaged ones aside; the others read the same."""
-        place = self.folder.checkpoints
-        chosen = load_newest(place, say) if self.group.is_main else None
-        step = self.group.exchange(chosen.step if chosen else None)[0]
-        if self.group.is_main or step is None:
-            return chosen
-        return load_checkpoint(checkpoint_path(place, step))
-
-    def _cut(self, step: int) -> None:
-        """Forget what is past `step`; nobody goes on before it is gone."""
-        if self.group.is_main:
-            self.folder.cut(step)
-            self.best.cut(step)
-            self._settle_best()
-        self.group.wait()
-
-    def _restore_random(self, state: Mapping[str, Any]) -> Any:
-        """This rank's random states, where there was such a rank; what could not be restored."""
-        known = [state["random"], *state.get("random_of_others", [])]
-        return random_state.restore(known[self.group.rank]) if self.group.rank < len(known) else []

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_align.errors import UserError
-from diffusion_align.reporting.redaction import redact_value
+from diffusion_align.secrecy.redaction import redact_value
 from diffusion_align.training.disk import flush, writing
 
 _ENVIRONMENT = "env.json"

@@ -1,7 +1,8 @@
-"""Windows of noise, first noise in common: what is sampled and what is learnt."""
+"""Windows of noise, first noise in common, weights of steps: what is sampled and what is learnt."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,16 @@ def make(toy: ModuleType, *, policy: Any = None, **options: Any) -> DDPO:
         options=DDPOOptions(**chosen),
         sampling=SamplingOptions(steps=STEPS, guidance_scale=1.0, batch_size=5),
     )
+
+
+def gradient(ddpo: DDPO, batch: Any) -> torch.Tensor:
+    parameters = ddpo.policy.trainable_parameters()
+    for parameter in parameters:
+        parameter.grad = None
+    for minibatch in ddpo.minibatches(batch):
+        for loss, _ in ddpo.losses(minibatch, 1.0):
+            loss.backward()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
 def test_a_prompt_has_one_window_of_consecutive_steps_and_only_these_take_noise(
@@ -111,8 +122,30 @@ def test_what_a_sample_begins_with_says_nothing_of_its_later_noise(toy: ModuleTy
         assert start[rows].std(dim=0).max() < 1e-6
 
 
-def test_an_untouched_policy_has_ratio_one_in_its_windows(toy: ModuleType) -> None:
-    ddpo = make(toy, noise_window=2, shared_noise=True)
+def test_steps_weighted_by_prediction_add_up_to_their_own_gradients_over_their_leverage(
+    toy: ModuleType,
+) -> None:
+    """Against the gradient of each step alone, and leverages from finite differences."""
+    plain = make(toy)
+    batch = plain.collect(0)
+    weighted = make(toy, policy=plain.policy, step_weights="prediction")
+    schedule = plain.policy.schedule(STEPS)
+    leverage = []
+    for step in range(STEPS):
+        zero, one = (torch.full((1, 1), float(value)).double() for value in (0, 1))
+        low, high = (schedule.step(value, zero, step) for value in (zero, one))
+        leverage.append(float((high.mean - low.mean).abs() / low.std))
+    mean = sum(leverage) / len(leverage)
+    expected = torch.zeros_like(gradient(plain, batch))
+    for step, size in enumerate(leverage):
+        alone = replace(batch, step_orders=torch.full_like(batch.step_orders[:, :, :1], step))
+        expected += gradient(plain, alone) * (mean / size) / STEPS
+    torch.testing.assert_close(gradient(weighted, batch), expected, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(gradient(plain, batch), expected, rtol=1e-2)
+
+
+def test_an_untouched_policy_has_ratio_one_whatever_the_weights(toy: ModuleType) -> None:
+    ddpo = make(toy, step_weights="prediction", noise_window=2, shared_noise=True)
     batch = ddpo.collect(0)
     for minibatch in ddpo.minibatches(batch):
         for _, metrics in ddpo.losses(minibatch, 1.0):

@@ -6,11 +6,13 @@
     ... --set reward=compressibility --set evaluation.rewards=[taste]     (the same for all configs)
 
 Runs follow one another; each leaves one line in OUT/learning.jsonl and is skipped when it is
-there. A run that was cut short goes on from its last checkpoint. The first config is the one that
-others are measured against: the target is its final reward (the mean of its last iterations), seed
-by seed. A call is one denoiser forward of one sample, a backward two more, a guidance pair twice
-(`cost/calls`). Training rewards and held-out scores are those of pictures drawn as the config draws
-them: with guidance where it samples with guidance.
+there. A run that was cut short goes on from its last checkpoint. A call is one denoiser forward of
+one sample, a backward two more, a guidance pair twice (`cost/calls`).
+
+Curves are those of the pictures that each config trains on and looks at, drawn as it says. The
+models that come out are then compared with one another, and with the untouched one, as the first
+config's evaluation draws (`judged.py`; OUT/judged.jsonl): on the prompts trained on and on those
+held out, all on the same noise.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judged import Judged, judge, standing
+from judged import known as known_judged
+
+UNTOUCHED = "untouched"
 
 Curve = list[tuple[float, float]]
 """(calls, value), in the order of training."""
@@ -52,21 +58,6 @@ class Run:
         """Of the whole run."""
         return self.reward[-1][0]
 
-    def reaches(self, target: float, last: int) -> float | None:
-        """Calls after which the mean of `last` iterations has reached `target`; None if never."""
-        values = np.array([value for _, value in self.reward])
-        for end in range(last, len(values) + 1):
-            if values[end - last : end].mean() >= target:
-                return self.reward[end - 1][0]
-        return None
-
-    def heldout_at(self, calls: float) -> dict[str, float]:
-        """Held-out scores at the first look at or after `calls`, else at the last."""
-        return {
-            name: next((value for at, value in curve if at >= calls), curve[-1][1])
-            for name, curve in self.heldout.items()
-        }
-
 
 def measure(name: str, seed: int, overrides: Sequence[str], out: Path) -> Run:
     """Train one config with one seed, or go on with what is there."""
@@ -74,7 +65,7 @@ def measure(name: str, seed: int, overrides: Sequence[str], out: Path) -> Run:
     from diffusion_align.config import load_config
     from diffusion_align.training.run_folder import RunFolder
 
-    folder = out / "runs" / f"{Path(name).stem}-seed{seed}{_suffix(overrides)}"
+    folder = _folder(name, seed, overrides, out)
     config = load_config(
         name, [*overrides, f"seed={seed}", f"output={folder}", "evaluation.report=false"]
     )
@@ -151,35 +142,39 @@ def curves(runs: Sequence[Run], configs: Sequence[str], last: int, points: int =
     return "\n".join(lines)
 
 
-def race(runs: Sequence[Run], configs: Sequence[str], last: int) -> str:
-    """How many of the first config's calls the others need for its final reward, seed by seed."""
-    by_seed = {run.seed: run for run in runs if run.config == configs[0]}
-    lines = []
-    for name in configs[1:]:
-        ratios: list[float] = []
-        for run in sorted((r for r in runs if r.config == name), key=lambda r: r.seed):
-            base = by_seed.get(run.seed)
-            if base is None:
-                continue
-            target = base.final(last)
-            needed = run.reaches(target, last)
-            if needed is None:
-                ratios.append(float("inf"))
-                lines.append(f"    seed {run.seed}: {target:.4g} is never reached")
-                continue
-            ratios.append(needed / base.calls)
-            there, end = run.heldout_at(needed), base.heldout_at(base.calls)
-            beside = ", ".join(f"{k} {there[k]:.4g} (it: {end[k]:.4g})" for k in there if k in end)
-            lines.append(
-                f"    seed {run.seed}: {target:.4g} after {needed:,.0f} of {base.calls:,.0f} calls "
-                f"= {needed / base.calls:.3f}; held out there: {beside}"
-            )
-        if ratios:
-            lines.append(
-                f"{name} / {configs[0]}: {np.mean(ratios):.3f} of the calls "
-                f"({min(ratios):.3f} to {max(ratios):.3f}; the bar is 0.333)"
-            )
-    return "\n".join(lines)
+def compared(
+    runs: Sequence[Run], judged: Sequence[Judged], configs: Sequence[str]
+) -> Iterator[str]:
+    """Calls and models of each config against those of the first, and of all against none."""
+    first = configs[0]
+    base = np.mean([run.calls for run in runs if run.config == first])
+    for name in configs:
+        calls = np.mean([run.calls for run in runs if run.config == name])
+        yield "\n".join([f"{name} against the untouched model", *standing(judged, name, UNTOUCHED)])
+        if name != first:
+            share = f"{calls:,.0f} / {base:,.0f} = {calls / base:.3f} of its calls"
+            yield "\n".join([f"{name} against {first}: {share}", *standing(judged, name, first)])
+
+
+def judge_missing(
+    runs: Sequence[Run], judged: list[Judged], by: str, overrides: list[str], out: Path
+) -> None:
+    """Judge the runs, and the untouched model on their noise, that were not judged before."""
+    done = {(j.config, j.seed) for j in judged}
+    wanted = [(run.config, run.seed, folder_of(run, out) / "final") for run in runs]
+    untouched = [(UNTOUCHED, seed, None) for seed in sorted({run.seed for run in runs})]
+    for name, seed, adapter in [*untouched, *wanted]:
+        if (name, seed) in done:
+            continue
+        found = judge(name, seed, overrides, adapter, by)
+        with (out / "judged.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(vars(found)) + "\n")
+        judged.append(found)
+
+
+def folder_of(run: Run, out: Path) -> Path:
+    """Where a run lies."""
+    return _folder(run.config, run.seed, run.overrides, out)
 
 
 def _running(run: Run, calls: float, last: int) -> float:
@@ -191,6 +186,10 @@ def _spread(values: Sequence[float]) -> str:
     if len(values) < 2:
         return f"{np.mean(values):.4g}"
     return f"{np.mean(values):.4g} +- {np.std(values, ddof=1):.2g}"
+
+
+def _folder(name: str, seed: int, overrides: Sequence[str], out: Path) -> Path:
+    return out / "runs" / f"{Path(name).stem}-seed{seed}{_suffix(overrides)}"
 
 
 def _suffix(overrides: Sequence[str]) -> str:
@@ -226,8 +225,17 @@ def main() -> None:
     ]
     if not chosen:
         raise SystemExit(f"no run of these configs and settings in {path}")
-    for part in (table, curves, race):
+    for part in (table, curves):
         print(part(chosen, arguments.configs, arguments.last), end="\n\n")
+    judged = [
+        j
+        for j in known_judged(arguments.out / "judged.jsonl")
+        if j.overrides == arguments.overrides and j.sampler == arguments.configs[0]
+    ]
+    if not arguments.show:
+        judge_missing(chosen, judged, arguments.configs[0], arguments.overrides, arguments.out)
+    for lines in compared(chosen, judged, arguments.configs):
+        print(lines, end="\n\n")
 
 
 if __name__ == "__main__":

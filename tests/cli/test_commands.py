@@ -144,7 +144,7 @@ def test_a_new_run_puts_the_old_one_aside(call: Call, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
     (run / "metrics.jsonl").write_text('{"step": 3}\n', encoding="utf-8")
-    assert begin_run(load_config("demo"), new=True).path.resolve() == run
+    assert begin_run(load_config("demo"), {}, new=True).path.resolve() == run
     assert "steps: " in (run / "config.yaml").read_text(encoding="utf-8")
     kept = [path.parent for path in tmp_path.rglob("metrics.jsonl")]
     assert len(kept) == 1

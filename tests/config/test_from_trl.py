@@ -169,9 +169,12 @@ def test_the_small_preset_differs_from_the_published_one_only_where_it_says_so()
         asdict(load_config("ddpo_sd15_aesthetic")),
         asdict(load_config("ddpo_tiny_published")),
     )
-    assert small["algorithm"] == large["algorithm"] and small["lora"] == large["lora"]
+    assert small["lora"] == large["lora"] and small["algorithm"]["name"] == "ddpo"
+    options = (small["algorithm"]["options"], large["algorithm"]["options"])
+    changed = {k for k, value in options[0].items() if value != options[1][k]}
+    assert changed == {"timesteps_per_loss"}  # how many at once, not how many
     changed = {k for k, value in small["sampling"].items() if value != large["sampling"][k]}
-    assert changed == {"steps", "guidance_scale"}
+    assert changed == {"steps", "guidance_scale", "batch_size"}
     changed = {k for k, value in small["train"].items() if value != large["train"][k]}
     assert changed == {"mixed_precision", "checkpoint_every", "keep_checkpoints", "sample_every"}
 

@@ -44,7 +44,9 @@ def test_fewer_than_two_samples_have_no_diversity(count: int) -> None:
     assert math.isnan(pixel_diversity(torch.rand(count, 3, 4, 4)))
 
 
-def test_a_sample_with_nan_takes_no_part() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_sample_that_is_not_finite_takes_no_part(value: float) -> None:
     samples = torch.rand(3, 3, 4, 4)
-    broken = torch.cat([samples, torch.full((1, 3, 4, 4), torch.nan)])
+    broken = torch.cat([samples, samples[:1]])
+    broken[3, 1, 2, 3] = value
     assert pixel_diversity(broken) == pytest.approx(pixel_diversity(samples))

@@ -92,15 +92,16 @@ def test_a_picture_has_the_same_number_in_any_batch_and_shape(statistic: object)
 
 
 def test_a_picture_that_is_not_finite_has_no_number_and_harms_no_other() -> None:
-    batch = pictures(3, 3, 3, 4, 4)
+    batch = pictures(3, 4, 3, 4, 4)
     alone = picture_statistics(batch[0])
     batch[1, 0, 0, 0] = math.nan
     batch[2, 2, 3, 3] = math.inf
+    batch[3, 1, 2, 1] = -math.inf
     found = picture_statistics(batch)
     for name in ("saturation", "edge_density", "colour_entropy"):
         values = getattr(found, name)
         assert float(values[0]) == float(getattr(alone, name))
-        assert values.isnan().tolist() == [False, True, True]
+        assert values.isnan().tolist() == [False, True, True, True]
 
 
 @pytest.mark.parametrize("shape", [(4, 4), (1, 4, 4), (2, 4, 4, 3)])

@@ -132,6 +132,26 @@ def test_a_step_is_the_bare_reverse_step_at_its_levels() -> None:
             assert torch.equal(ours.mean, bare.mean) and torch.equal(ours.std, bare.std)
 
 
+@pytest.mark.parametrize("index", [3, torch.tensor([3, 0])], ids=["one", "per item"])
+def test_a_step_forgets_the_options_of_the_step_before(index: int | Tensor) -> None:
+    p, x = _normal(2, 3, seed=1), _normal(2, 3, seed=2)
+    used = ddim_schedule(SD15, 10), flow_schedule(SD3, 10)
+    for eta, kind, level in [(0.3, "cps", 0.4), (1.0, "cps", 0.8), (0.3, "sde", 0.4)]:
+        options: dict[str, Any] = {"eta": eta, "flow_kind": kind, "noise_level": level}
+        for schedule, fresh in zip(used, (ddim_schedule(SD15, 10), flow_schedule(SD3, 10))):
+            again, first = (s.step(p, x, index, **options) for s in (schedule, fresh))
+            assert torch.equal(again.mean, first.mean) and torch.equal(again.std, first.std)
+
+
+def test_a_schedule_first_used_in_inference_mode_still_carries_a_gradient() -> None:
+    schedule, x = ddim_schedule(SD15, 10), _normal(2, 3, seed=1)
+    with torch.inference_mode():
+        schedule.step(x, x, torch.tensor([3, 0]))
+    p = _normal(2, 3, seed=2).requires_grad_()
+    schedule.step(p, x, torch.tensor([3, 0])).log_prob(x).sum().backward()
+    assert p.grad is not None and bool(p.grad.isfinite().all())
+
+
 def test_alpha_and_sigma_keep_each_familys_sum_rule() -> None:
     for i in range(20):
         alpha, sigma = ddim_schedule(SD15, 20).alpha_sigma(i)
@@ -247,3 +267,22 @@ def test_the_room_imports_torch_lazily_and_never_diffusers() -> None:
         "assert dir(room) == sorted(room.__all__)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_leverage_is_how_many_stds_the_mean_moves_with_the_prediction(kind: str) -> None:
+    schedule = ddim_schedule({"prediction_type": kind, "beta_schedule": "scaled_linear"}, 7)
+    flow_steps = flow_schedule({"shift": 3.0}, 7)
+    for chosen in (schedule, flow_steps):
+        leverage = chosen.leverage(eta=0.8, noise_level=0.6)
+        assert leverage.shape == (7,)
+        for i in range(7):
+            prediction = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+            x_t = torch.full((1, 3), 0.1, dtype=torch.float64)
+            step = chosen.step(prediction, x_t, i, eta=0.8, noise_level=0.6)
+            (slope,) = torch.autograd.grad(step.mean[0, 0], prediction)
+            if float(step.std) > 0:
+                expected = float(slope[0, 0].abs() / step.std)
+                assert float(leverage[i]) == pytest.approx(expected, rel=1e-6)
+            else:
+                assert bool(leverage[i].isinf())

@@ -282,6 +282,18 @@ def test_trackio_finds_its_run_again_by_a_name_of_its_own(
     assert capsys.readouterr().out == ""  # stdout is for results
 
 
+def test_a_secret_that_comes_into_the_environment_later_is_kept_out_of_the_next_row(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trackers = open_trackers(("wandb",), tmp_path)
+    trackers.log({"step": 1, "a": 1.0})
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    trackers.log({"step": 2, f"reward_part/{CANARY}": 2.0})
+    trackers.close()
+    assert CANARY not in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
+    assert wandb.runs[0].logged[-1] == (None, {"step": 2, "reward_part/***HF_TOKEN***": 2.0})
+
+
 def test_pictures_go_to_each_tracker_with_their_captions(
     tmp_path: Path, wandb: FakeWandb, trackio: FakeTrackio, monkeypatch: pytest.MonkeyPatch
 ) -> None:

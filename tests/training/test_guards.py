@@ -157,6 +157,22 @@ def test_a_collapse_is_found_in_the_iteration_in_which_the_running_median_says_s
     assert "learning_rate" in caught.value.fix
 
 
+def test_a_lucky_first_draw_of_prompts_is_no_collapse_and_a_collapse_still_is_one() -> None:
+    """Iterations of four prompts scatter by 0.4 about a reward that stays, or falls by 3."""
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        rewards = 6.8 + 0.4 * generator.standard_normal(130)
+        rewards[0] = 7.6  # two standard deviations above, and its own spread is small
+        watch, said = guards()
+        for iteration, reward in enumerate(rewards):
+            watch.collected({"reward/mean": reward, "reward/std": 0.6}, iteration)
+        assert said == []
+        with pytest.raises(GuardStop, match="running reward fell") as caught:
+            for iteration, reward in enumerate(rewards - 3.0, start=130):
+                watch.collected({"reward/mean": reward, "reward/std": 0.6}, iteration)
+        assert caught.value.where in {f"iteration {130 + late}" for late in range(12)}
+
+
 def test_one_bad_iteration_is_no_collapse() -> None:
     watch, said = guards()
     for iteration in range(60):

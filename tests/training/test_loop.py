@@ -284,7 +284,7 @@ def test_the_error_outlives_a_save_that_fails(
     def full(*args: Any, **options: Any) -> None:
         raise UserError("could not be written (no space)")
 
-    monkeypatch.setattr("diffusion_align.training.loop.save_checkpoint", full)
+    monkeypatch.setattr("diffusion_align.training.savepoints.save_checkpoint", full)
     notes, broken = Notebook(), regression.Regression(event=fail)
     options = replace(OPTIONS, checkpoint_every=0)
     with pytest.raises(ValueError, match="the judge is down"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +48,11 @@ class Sitting:
     config: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """Config and environment in one, for a tracker that takes one tree of values."""
+        return {**self.config, "environment": dict(self.environment)}
+
 
 class Tracker(Protocol):
     """Takes rows and pictures as they come."""
@@ -74,10 +80,17 @@ def finite(row: Row) -> dict[str, float]:
     return {name: value for name, value in row.items() if math.isfinite(value)}
 
 
-def missing(extra: str) -> UserError:
-    """The error of a tracker whose package is not there."""
-    return UserError(
-        f"the tracker {extra} is not installed",
-        where="train.trackers",
-        fix=f"pip install 'diffusion-align[{extra}]'",
-    )
+def tracker_package(module: str, *, extra: str) -> Any:
+    """The module of a tracker's package, imported.
+
+    Raises:
+        UserError: it is not there; `extra` installs it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise UserError(
+            f"the tracker {extra} is not installed",
+            where="train.trackers",
+            fix=f"pip install 'diffusion-align[{extra}]'",
+        ) from error

@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffusion_align.reporting.redaction import redact
 from diffusion_align.reporting.trackers.base import Picture, Row
+from diffusion_align.secrecy.redaction import redact_value
 
 
 class JsonlTracker:
@@ -24,7 +24,7 @@ class JsonlTracker:
 
     def log(self, row: Row) -> None:
         """Append the row."""
-        clean = {redact(name): _finite(value) for name, value in row.items()}
+        clean = redact_value({name: _finite(value) for name, value in row.items()})
         self._stream.write(json.dumps(clean, allow_nan=False) + "\n")
         self._stream.flush()
 

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from diffusion_align.errors import UserError, did_you_mean
-from diffusion_align.reporting.redaction import redact, redact_value
 from diffusion_align.reporting.trackers.base import Picture, Row, Sitting, Tracker
 from diffusion_align.reporting.trackers.jsonl import JsonlTracker
+from diffusion_align.secrecy.redaction import redact, redact_value
 
 REMEMBERED = "trackers.json"
 CAPTIONS = "prompts.jsonl"
@@ -56,7 +56,9 @@ class Trackers:
     def log(self, row: Row) -> None:
         """One row to all of them."""
         self._always.log(row)
-        clean = {redact(name): value for name, value in row.items()}
+        if not self._others:
+            return
+        clean = redact_value(row)
         self._each("take a row", lambda tracker: tracker.log(clean))
 
     def pictures(self, step: int, folder: Path) -> None:

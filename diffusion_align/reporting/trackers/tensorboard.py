@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from diffusion_align.reporting.trackers.base import Picture, Row, Sitting, finite, missing
+from diffusion_align.reporting.trackers.base import Picture, Row, Sitting, finite, tracker_package
 
 FLUSH_SECONDS = 10
 
@@ -24,16 +24,15 @@ class TensorBoardTracker:
     run_id = None
 
     def __init__(self, sitting: Sitting) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise missing("tensorboard") from error
+        package = tracker_package("torch.utils.tensorboard", extra="tensorboard")
         folder = sitting.folder / "tensorboard"
         # TensorBoard drops what has this step or a later one; the checkpoint's own step stays.
         purge = sitting.step + 1 if folder.exists() and sitting.step else None
         if folder.exists() and not sitting.step:
             purge = 0  # no checkpoint was made yet: the run begins anew
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge, flush_secs=FLUSH_SECONDS)
+        self._writer = package.SummaryWriter(
+            str(folder), purge_step=purge, flush_secs=FLUSH_SECONDS
+        )
         self._text("config", sitting.config, sitting.step)
         self._text("environment", sitting.environment, sitting.step)
 

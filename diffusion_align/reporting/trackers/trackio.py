@@ -23,7 +23,7 @@ from diffusion_align.reporting.trackers.base import (
     Row,
     Sitting,
     finite,
-    missing,
+    tracker_package,
 )
 
 
@@ -31,11 +31,7 @@ class TrackioTracker:
     """A run of trackio, in the folder that `TRACKIO_DIR` names (default: Hugging Face's cache)."""
 
     def __init__(self, sitting: Sitting) -> None:
-        try:
-            import trackio
-        except ImportError as error:
-            raise missing("trackio") from error
-        self._trackio: Any = trackio
+        self._trackio = trackio = tracker_package("trackio", extra="trackio")
         _require_writable(trackio)
         name = sitting.run_id or f"{sitting.folder.name}-{uuid.uuid4().hex[:6]}"
         with redirect_stdout(sys.stderr):  # stdout is for results
@@ -43,7 +39,7 @@ class TrackioTracker:
                 project=PROJECT,
                 name=name,
                 resume="allow",
-                config={**sitting.config, "environment": dict(sitting.environment)},
+                config=sitting.described,
                 embed=False,
                 auto_log_gpu=False,
                 auto_log_cpu=False,

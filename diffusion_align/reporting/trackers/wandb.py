@@ -25,7 +25,7 @@ from diffusion_align.reporting.trackers.base import (
     Row,
     Sitting,
     finite,
-    missing,
+    tracker_package,
 )
 
 
@@ -33,11 +33,7 @@ class WandbTracker:
     """A run of W&B. `WANDB_MODE=offline` keeps it in the run folder until `wandb sync`."""
 
     def __init__(self, sitting: Sitting) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise missing("wandb") from error
-        self._wandb: Any = wandb
+        self._wandb = wandb = tracker_package("wandb", extra="wandb")
         try:
             self._run: Any = wandb.init(
                 project=PROJECT,
@@ -45,7 +41,7 @@ class WandbTracker:
                 dir=str(sitting.folder),
                 id=sitting.run_id,
                 resume="allow",
-                config={**sitting.config, "environment": dict(sitting.environment)},
+                config=sitting.described,
                 settings=wandb.Settings(
                     console="off",
                     disable_code=True,

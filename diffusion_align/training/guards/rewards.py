@@ -39,12 +39,33 @@ def spread_of(metrics: Mapping[str, float]) -> float | None:
     return next((metrics[name] for name in names if name in metrics), None)
 
 
+LUCK = 2.5
+"""By so many standard deviations of single iterations the first may have lain above all."""
+
+FEW = 6
+"""With so many bends the scatter counts twice, with many as it is."""
+
+SCATTER_OF_UPPER = 1 / 2.818
+"""Standard deviation of normal values from the upper quartile of |a - 2 b + c|, three in a row.
+The quartile, as one bad iteration bends the curve in three places."""
+
+
 class Running:
-    """A number's first value, and its median over the last iterations."""
+    """A number's first value, its median over the last iterations, and how much it scatters."""
 
     def __init__(self) -> None:
         self.first: float | None = None
         self._last: deque[float] = deque(maxlen=WINDOW)
+        self._bends: deque[float] = deque(maxlen=4 * WINDOW)
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation of single iterations, as other prompts come; no trend is in it."""
+        if not self._bends:
+            return 0.0
+        # A quantile of few is often far too small.
+        upper = sorted(self._bends)[len(self._bends) * 3 // 4]
+        return upper * SCATTER_OF_UPPER * (1 + FEW / len(self._bends))
 
     @property
     def now(self) -> float:
@@ -55,13 +76,17 @@ class Running:
         """One more value."""
         if self.first is None:
             self.first = value
+        if len(self._last) > 1:
+            self._bends.append(abs(value - 2 * self._last[-1] + self._last[-2]))
         self._last.append(value)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first": self.first, "last": list(self._last)}
+        return {"first": self.first, "last": list(self._last), "bends": list(self._bends)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.first, self._last = state["first"], deque(state["last"], maxlen=WINDOW)
+        # Checkpoints before 2026-11-21 have none.
+        self._bends = deque(state.get("bends", ()), maxlen=4 * WINDOW)
 
 
 class RewardGuards:
@@ -140,13 +165,15 @@ class RewardGuards:
 
     def _collapse(self, iteration: int) -> None:
         first, now = self.reward.first or 0.0, self.reward.now
-        limit = self._options.reward_collapse_deviations
+        # With few prompts an iteration the first one may have been a lucky draw.
+        luck = LUCK * self.reward.scatter
+        limit = self._options.reward_collapse_deviations * self._deviation
         self.collapse.check(
-            self._deviation > 0 and now < first - limit * self._deviation,
+            self._deviation > 0 and now < first - luck - limit,
             lambda: Finding(
                 f"the running reward fell from {first:.4g} to {now:.4g}, "
                 f"{(first - now) / self._deviation:.2g} standard deviations of the first "
-                "iteration's rewards",
+                f"iteration's rewards (iterations scatter by {self.reward.scatter:.2g})",
                 f"iteration {iteration}",
                 "what was learnt makes the pictures worse: go back to an earlier checkpoint, and "
                 "lower train.learning_rate or the clip range,\nraise algorithm.kl_weight or give "

@@ -22,8 +22,8 @@ from diffusion_align.config.sections import RewardRunConfig, RunConfig
 from diffusion_align.data.prompts import load_prompts
 from diffusion_align.errors import OptionError, UserError
 from diffusion_align.reporting.console import Console
-from diffusion_align.reporting.redaction import is_secret_name, redact, redact_value
-from diffusion_align.reporting.streams import RedactedStream
+from diffusion_align.secrecy.redaction import is_secret_name, redact, redact_value
+from diffusion_align.secrecy.streams import RedactedStream
 
 ROOT = Path(__file__).parents[2]
 ODD = "p@ss\"w<o>rd&'é \\x9"

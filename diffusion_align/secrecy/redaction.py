@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from diffusion_align.reporting import places, secrets
-from diffusion_align.reporting.secrets import Secret, is_ordinary, is_secret_name, looks_random
+from diffusion_align.secrecy import places, secrets
+from diffusion_align.secrecy.secrets import Secret, is_ordinary, is_secret_name, looks_random
 
 __all__ = ["is_secret_name", "is_secret_value", "placeholders", "redact", "redact_value"]
 
@@ -37,9 +37,12 @@ def redact(text: str, *, references: bool = False) -> str:
     >>> redact("https://me:hunter2@host/score?token=abc&size=2")
     'https://***url-credentials***@host/score?token=***token***&size=2'
     """
+    return _whole(text, _environment_secrets(), references)
+
+
+def _whole(text: str, found: list[Secret], references: bool) -> str:
     if len(text) < secrets.MIN_LENGTH:
         return text
-    found = _environment_secrets()
     pieces = _PICTURE.split(text) if ";base64," in text else [text]
     pieces[::2] = [_redacted(piece, found, references) for piece in pieces[::2]]
     return "".join(pieces)
@@ -54,27 +57,34 @@ def redact_value(value: Any, name: str = "", *, references: bool = False) -> Any
         name: the key under which `value` stands.
         references: as in `redact`.
     """
+    return _tree(value, name, _environment_secrets(), references)
+
+
+# What the environment holds is asked once for a whole text or tree: asking is slower than looking.
+def _tree(value: Any, name: str, found: list[Secret], references: bool) -> Any:
     if isinstance(value, str):
-        clean = redact(value, references=references)
-        if clean == value and is_secret_value(value, name):
-            return f"***{name}***"
-        return clean
+        clean = _whole(value, found, references)
+        return f"***{name}***" if clean == value and _is_secret(value, name, found) else clean
     if isinstance(value, Mapping):
         return {
-            redact(key) if isinstance(key, str) else key: redact_value(
-                inner, str(key), references=references
+            _whole(key, found, False) if isinstance(key, str) else key: _tree(
+                inner, str(key), found, references
             )
             for key, inner in value.items()
         }
     if isinstance(value, list | tuple):
-        items = [redact_value(inner, name, references=references) for inner in value]
+        items = [_tree(inner, name, found, references) for inner in value]
         return tuple(items) if isinstance(value, tuple) else items
     return value
 
 
 def is_secret_value(text: str, name: str = "") -> bool:
     """Whether `text`, standing under the key `name`, is or holds a secret."""
-    if redact(text) != text:
+    return _is_secret(text, name, _environment_secrets())
+
+
+def _is_secret(text: str, name: str, found: list[Secret]) -> bool:
+    if _whole(text, found, False) != text:
         return True
     return is_secret_name(name) and not is_ordinary(text) and not _is_known(text)
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable
 from typing import IO, Any
 
-from diffusion_align.reporting.redaction import redact
+from diffusion_align.secrecy.redaction import redact
 
 
 class RedactedStream:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import quote, quote_plus, unquote
 
-from diffusion_align.reporting import places
+from diffusion_align.secrecy import places
 
 MIN_LENGTH = 8
 """A shorter value is no secret: it would be found inside words."""
