@@ -91,7 +91,9 @@ class DDPO:
         self.group: Group = Alone()
         self._likelihood = Likelihood(
             policy,
-            policy.schedule(self.sampling.steps),
+            policy.schedule(
+                self.sampling.steps, height=self.sampling.height, width=self.sampling.width
+            ),
             self.sampling,
             "mean" if o.clip_unit == "mean" else "sum",
         )

@@ -36,7 +36,8 @@ class Likelihood:
     @property
     def dimensions(self) -> int:
         """How many numbers one latent has."""
-        shape = self.policy.latent_shape(self.sampling.height, self.sampling.width)
+        s = self.sampling
+        shape = self.policy.latent_shape(s.height, s.width, s.frames)
         return math.prod(shape)
 
     def stochastic_steps(self) -> Tensor:

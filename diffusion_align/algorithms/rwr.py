@@ -130,7 +130,8 @@ class RWR:
         self.needs = Needs(clean_latents=True)
         self.listener: Listener = Silence()
         self.group: Group = Alone()
-        self._schedule = policy.schedule(self.sampling.steps)
+        s = self.sampling
+        self._schedule = policy.schedule(s.steps, height=s.height, width=s.width)
         self._timesteps = self._schedule.timesteps.to(policy.device)
         self._copies = o.trained_steps(len(self._schedule))
         self._online = Online(prompts, o, self.sampling, seed)

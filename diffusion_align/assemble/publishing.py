@@ -288,7 +288,7 @@ def _draw(config: RunConfig, policy: Policy) -> Drawn:
         drawn = rollout(
             policy,
             conditioning,
-            policy.schedule(steps),
+            policy.schedule(steps, height=how.height, width=how.width),
             streams(),
             guidance_scale=how.guidance_scale,
             eta=0.0,

@@ -28,8 +28,8 @@ from diffusion_align.evaluation.generate import Pictures, Reference, generate
 from diffusion_align.evaluation.measuring import Progress, measure_all, measure_slice, results_of
 from diffusion_align.evaluation.options import check_scales
 from diffusion_align.evaluation.statistics import MIN_PROMPTS
-from diffusion_align.reporting.redaction import redact, redact_value
 from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
+from diffusion_align.secrecy.redaction import redact, redact_value
 
 if TYPE_CHECKING:
     from diffusion_align.data.diversity import Features

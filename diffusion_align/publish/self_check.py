@@ -20,7 +20,8 @@ from torch import Tensor
 from diffusion_align import tf32
 from diffusion_align.policy.adapter import loader_notices_off
 from diffusion_align.policy.catalogue import ModelInfo, resolve
-from diffusion_align.policy.loading import load_pipeline, use_ddim
+from diffusion_align.policy.loading import load_pipeline
+from diffusion_align.policy.scheduling import use_gaussian_steps
 from diffusion_align.policy.tuned import Tuned
 from diffusion_align.publish.contents import COMFYUI_FILE
 
@@ -140,8 +141,7 @@ def _fresh(info: ModelInfo, device: torch.device, revision: str | None) -> Any:
     pipeline, family = load_pipeline(
         info, revision=revision, dtype=torch.float32, denoiser_dtype=torch.float32
     )
-    if family.schedule == "ddim":
-        use_ddim(pipeline, info.name)
+    use_gaussian_steps(pipeline, family, info.name)
     return pipeline.to(device)
 
 

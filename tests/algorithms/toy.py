@@ -92,7 +92,9 @@ class ToyPolicy:
     ) -> Schedule:
         return ddim_schedule(CONFIG, steps)
 
-    def latent_shape(self, height: int | None = None, width: int | None = None) -> tuple[int, ...]:
+    def latent_shape(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
         return SHAPE
 
     def initial_noise(self, noise: Tensor) -> Tensor:
