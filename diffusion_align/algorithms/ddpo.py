@@ -108,7 +108,9 @@ class DDPO:
         )
         refuse_dropout(policy.denoiser)
         self._trained_steps = o.drawn(o.noisy(len(self._steps)))
-        self._step_weights = self._weights()
+        if o.step_weights == "prediction":
+            weights = self._likelihood.by_leverage(self._steps)
+            self._likelihood = replace(self._likelihood, weights=weights)
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
         self._online = Online(prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
@@ -126,8 +128,17 @@ class DDPO:
             f"{self._trained_steps} of {self.sampling.steps} steps trained"
             f"{f' ({o.noise_window} have noise)' if o.noise_window else ''}, guidance "
             f"{self.sampling.guidance_scale:g} in sampling and {self._guidance:g} in training",
-            *([self._scaling()] if o.step_weights == "prediction" else []),
+            *self._scaling(),
             *(kl if o.kl_weight > 0 else []),
+        ]
+
+    def _scaling(self) -> list[str]:
+        if self._likelihood.weights is None:
+            return []
+        used = self._likelihood.weights[self._steps]
+        return [
+            f"log-ratios are scaled at each step, by {used.max():.3g} to {used.min():.3g}; the "
+            "clip range is that of the scaled ones"
         ]
 
     def record(self) -> dict[str, Any]:
@@ -169,7 +180,7 @@ class DDPO:
         batch = TrajectoryBatch(
             trajectory=trajectory,
             cond=cond,
-            old_log_probs=trajectory.log_probs,
+            old_log_probs=self._likelihood.weighted(trajectory.log_probs),
             advantages=learnt.to(trajectory.latents.device),
             sample_orders=self._online.plan.minibatch_orders(iteration, o.inner_epochs),
             step_orders=self._online.plan.timestep_orders(
@@ -188,24 +199,6 @@ class DDPO:
             old_log_probs = self._replay(batch, self._guidance)
             batch = replace(batch, old_log_probs=old_log_probs)
         return replace(batch, metrics=self._metrics(collected, advantages, learnt))
-
-    def _scaling(self) -> str:
-        used = self._step_weights[self._steps]
-        return (
-            f"log-ratios are scaled at each step, by {used.max():.3g} to {used.min():.3g}; the "
-            "clip range is that of the scaled ones"
-        )
-
-    def _weights(self) -> Tensor:
-        """What log-ratios are multiplied with, [S]: 1, or the mean leverage over the step's."""
-        weights = torch.ones(self.sampling.steps, device=self.policy.device)
-        if self.options.step_weights == "prediction":
-            s = self.sampling
-            leverage = self._likelihood.schedule.leverage(
-                eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
-            )[self._steps]
-            weights[self._steps] = (leverage.mean() / leverage).to(weights)
-        return weights
 
     def _metrics(
         self, collected: Collection, advantages: Tensor, learnt: Tensor
@@ -249,10 +242,8 @@ class DDPO:
         for group in minibatch.groups(self.options.timesteps_per_loss):
             pairs = minibatch.pairs(group)
             transition = self._likelihood.transition(pairs, self._guidance)
-            weight = self._step_weights[pairs.steps]
-            log_prob = weight * transition.log_prob(pairs.x_next, self._likelihood.reduction)
+            log_prob = self._likelihood.of(transition, pairs)
             old_log_prob = minibatch.old_log_probs[:, group]
-            old_log_prob = weight.view_as(old_log_prob) * old_log_prob
             if minibatch.idle:  # zeros have no old likelihood: a ratio of 1 stays finite
                 old_log_prob = log_prob.detach().view_as(old_log_prob)
             advantage = minibatch.advantages[:, None].expand_as(old_log_prob)
@@ -290,31 +281,37 @@ class DDPO:
         wish: Wish = self.options.old_log_probs
         if wish == "auto" and self._guidance != self.sampling.guidance_scale:
             wish = "replayed"
-        sampled = batch.trajectory.log_probs
+        sampled = batch.old_log_probs
         with FloatProbe(self.policy.denoiser) as precision:
             as_sampled = replace(batch, cond=batch.trajectory.cond)
             again = self._replay(as_sampled, self.sampling.guidance_scale)
-        report = self._judge(ratio_deviation(again, sampled), wish, precision.result)
+        report = self._judge(again, sampled, wish, precision.result)
         first, group = next(self.minibatches(batch)), self.options.timesteps_per_loss
         untouched = Untouched(self._likelihood, first, self._guidance, group)
-        drift = ratio_deviation(untouched.gradient_drift(sampled), torch.zeros_like(sampled))
-        self._judge(drift, "sampled", precision.result)
+        drift = untouched.gradient_drift(sampled)
+        self._judge(drift, torch.zeros_like(drift), "sampled", precision.result)
         untouched.look_closer(self.options, is_float32=precision.result, listener=self.listener)
         return report
 
-    def _judge(self, deviation: Tensor, wish: Wish, is_float32: bool) -> ReplayReport:
-        # The worst of all ranks, so that all decide alike.
-        worst = self.group.gather(deviation.nan_to_num(nan=-1)[None]).amax(dim=0)
-        deviation = worst.masked_fill(worst < 0, math.nan)
+    def _judge(
+        self, log_probs: Tensor, before: Tensor, wish: Wish, is_float32: bool
+    ) -> ReplayReport:
+        plain = self._likelihood.plain
         return judge(
             timesteps=self._likelihood.schedule.timesteps,
-            deviation=deviation.cpu(),
+            deviation=self._worst(ratio_deviation(log_probs, before)),
+            unweighted=self._worst(ratio_deviation(plain(log_probs), plain(before))),
             reduction=self._likelihood.reduction,
             dimensions=self._likelihood.dimensions,
             wish=wish,
             is_float32=is_float32,
             clip_range=self.options.clip_range,
         )
+
+    def _worst(self, deviation: Tensor) -> Tensor:
+        """[S] of all ranks, so that all decide alike; on the CPU."""
+        worst = self.group.gather(deviation.nan_to_num(nan=-1)[None]).amax(dim=0)
+        return worst.masked_fill(worst < 0, math.nan).cpu()
 
     def _replay(self, batch: TrajectoryBatch, guidance: float) -> Tensor:
         log_probs = self._likelihood.replay(

@@ -21,13 +21,15 @@ class Likelihood:
     """Evaluates transitions with the very step that sampled them (`Schedule.step`).
 
     reduction: `mean` or `sum` over the latent's dimensions. One transition costs
-    `branches(guidance)` denoiser calls.
+    `branches(guidance)` denoiser calls. weights: [S], what the log-probability of each step is
+    multiplied with, so that ratios are those of the weighted ones; None is 1 everywhere.
     """
 
     policy: Policy
     schedule: Schedule
     sampling: ResolvedSampling
     reduction: Reduction
+    weights: Tensor | None = None
     _timesteps: Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +50,33 @@ class Likelihood:
             noise_level=self.sampling.noise_level,
         )
 
+    def by_leverage(self, steps: Tensor) -> Tensor:
+        """Weights [S] by which an equal change of the prediction counts the same at `steps`.
+
+        The mean leverage of these steps over the step's own (`Schedule.leverage`); 1 elsewhere.
+        """
+        leverage = self.schedule.leverage(
+            eta=self.sampling.eta,
+            flow_kind=self.sampling.flow_kind,
+            noise_level=self.sampling.noise_level,
+        )[steps]
+        weights = torch.ones(len(self.schedule), device=self.policy.device)
+        weights[steps] = (leverage.mean() / leverage).to(weights)
+        return weights
+
+    def weighted(self, log_probs: Tensor) -> Tensor:
+        """Plain log-probabilities [N, S], weighted."""
+        return log_probs if self.weights is None else log_probs * self.weights
+
+    def plain(self, log_probs: Tensor) -> Tensor:
+        """Weighted log-probabilities [N, S] without their weights."""
+        return log_probs if self.weights is None else log_probs / self.weights
+
+    def of(self, transition: Transition, pairs: Pairs) -> Tensor:
+        """The weighted log-probability of K pairs under their transition: [K]."""
+        log_prob = transition.log_prob(pairs.x_next, self.reduction)
+        return log_prob if self.weights is None else log_prob * self.weights[pairs.steps]
+
     def transition(self, pairs: Pairs, guidance: float) -> Transition:
         """p(x_next | x_t, c) for K pairs, with a graph where gradients are enabled."""
         prediction = self.policy.predict(
@@ -63,9 +92,9 @@ class Likelihood:
         )
 
     def log_prob(self, minibatch: TrajectoryMinibatch, group: slice, guidance: float) -> Tensor:
-        """[B, G] for the steps of one group."""
+        """[B, G] for the steps of one group, weighted."""
         pairs = minibatch.pairs(group)
-        log_prob = self.transition(pairs, guidance).log_prob(pairs.x_next, self.reduction)
+        log_prob = self.of(self.transition(pairs, guidance), pairs)
         return log_prob.view(len(minibatch.rows), -1)
 
     @torch.no_grad()
@@ -78,7 +107,7 @@ class Likelihood:
         *,
         lockstep: bool = False,
     ) -> Tensor:
-        """Log-probabilities [N, S] computed in these minibatches' shapes; NaN elsewhere.
+        """Weighted log-probabilities [N, S] in these minibatches' shapes; NaN elsewhere.
 
         A pair that comes again in a later inner epoch keeps its first value. With `lockstep` the
         forward is made all the same, because other ranks make theirs with it.

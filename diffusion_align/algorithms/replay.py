@@ -49,8 +49,7 @@ class ReplayReport:
     @property
     def worst(self) -> float:
         """The largest |ratio - 1| of any step."""
-        known = self.deviation[~self.deviation.isnan()]
-        return float(known.max()) if len(known) else math.nan
+        return _largest(self.deviation)
 
     def table(self) -> str:
         """One line per timestep."""
@@ -91,6 +90,7 @@ def judge(
     *,
     timesteps: Tensor,
     deviation: Tensor,
+    unweighted: Tensor,
     reduction: Reduction,
     dimensions: int,
     wish: Wish,
@@ -103,6 +103,10 @@ def judge(
     cannot be met by any formulation, so a tenth of the clip range takes their place. What no
     rounding explains (`FAULT`, `COARSE_FAULT`) and what is not finite is refused in any precision.
 
+    Args:
+        deviation: [S], of the ratios that are trained with; unweighted: [S], of those without the
+            weights of steps, which enlarge rounding as well: it tells rounding from a fault.
+
     Raises:
         UserError: a deviation that is no rounding, or one above the bar that `wish` leaves uncured.
     """
@@ -110,9 +114,8 @@ def judge(
     per_dimension = dimensions if reduction == "sum" else 1
     unexplained = (FAULT if is_float32 else COARSE_FAULT) * per_dimension
     fault = max(bar, math.expm1(min(unexplained, 80.0)))  # finite: an infinite ratio exceeds it
-    known = deviation[~deviation.isnan()]
-    worst = float(known.max()) if len(known) else math.nan
-    within = worst <= bar
+    within = _largest(deviation) <= bar
+    sound = _largest(unweighted) <= fault
     keep_sampled = wish == "sampled" or (wish == "auto" and within)
     report = ReplayReport(
         timesteps,
@@ -122,9 +125,15 @@ def judge(
         dimensions,
         "sampled" if keep_sampled else "replayed",
     )
-    if not worst <= fault or (wish == "sampled" and not within):
-        raise UserError(refusal(report, not worst <= fault), fix=report.table() + "\n" + _ADVICE)
+    if not sound or (wish == "sampled" and not within):
+        raise UserError(refusal(report, not sound), fix=report.table() + "\n" + _ADVICE)
     return report
+
+
+def _largest(deviation: Tensor) -> float:
+    """Of the steps that are known; NaN where none is, which is within nothing."""
+    known = deviation[~deviation.isnan()]
+    return float(known.max()) if len(known) else math.nan
 
 
 def refusal(report: ReplayReport, is_fault: bool) -> str:

@@ -70,9 +70,9 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         comparison=read_summary(tuned.folder / "summary.json"),
         settings=tuple(_settings(config)),
         steps=drawn.steps or info.steps,
-        guidance_scale=info.guidance_scale
-        if drawn.guidance_scale is None
-        else drawn.guidance_scale,
+        guidance_scale=(
+            info.guidance_scale if drawn.guidance_scale is None else drawn.guidance_scale
+        ),
         eta=drawn.eta,
         height=drawn.height or info.height,
         width=drawn.width or info.width,

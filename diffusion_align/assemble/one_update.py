@@ -65,7 +65,8 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
         sampling=replace(config.sampling, steps=few),
         algorithm=replace(config.algorithm, options=fewer),
         train=replace(config.train, steps=1, accumulation=parts),
-        evaluation=replace(config.evaluation, sample_prompts=_looked_at(config)),
+        # A look keeps its last latents alone: how many steps led there changes no memory.
+        evaluation=replace(config.evaluation, steps=None, sample_prompts=_looked_at(config)),
     )
 
 

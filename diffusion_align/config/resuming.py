@@ -10,6 +10,8 @@ from diffusion_align.errors import UserError
 # options change: the checkpoint's iteration says which prompts come next only for the same number
 # of prompts and samples, its remembered rewards are of this kind and length, and its finding that
 # the ratio of an untouched policy is 1 holds for these batches, this precision and this guidance.
+# Looks are compared with step 0 picture by picture, so they must be drawn as they were then (fewer
+# or more of them are no comparison, and are seen to be none).
 # The optimiser's moments and the average of the weights are of one kind from the first step on.
 FIXED = (
     "model",
@@ -20,6 +22,10 @@ FIXED = (
     "data",
     "algorithm",
     "supervised",
+    "evaluation.prompts",
+    "evaluation.eta",
+    "evaluation.steps",
+    "evaluation.guidance_scale",
     "train.mixed_precision",
     "train.optimizer",
     "train.ema_decay",
@@ -68,7 +74,8 @@ def changes_on_resume(before: AnyConfig, after: AnyConfig) -> list[str]:
     barred = [change for change in changes if _is_barred(change.partition(": ")[0])]
     if barred:
         raise UserError(
-            "this run cannot go on with another model, data, reward, seed or another way to learn",
+            "this run cannot go on with another model, data, reward, seed, or another way to learn "
+            "or to look",
             where=str(after.output),
             fix="\n".join(
                 [

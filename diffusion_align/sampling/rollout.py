@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.diffusion.schedules import Schedule
+from diffusion_align.diffusion.transitions import Transition
 from diffusion_align.sampling.options import FlowKind
 from diffusion_align.sampling.seeds import normal
 
@@ -133,17 +134,13 @@ def rollout(
                 prediction, x, i, eta=eta, flow_kind=flow_kind, noise_level=noise_level
             )
             wanted = takes_noise[rows, i]
-            if not stochastic[i]:
-                x = step.mean
-            elif bool(wanted.all()):
+            if stochastic[i] and not bool(wanted.all()):
+                quiet = schedule.step(prediction, x, i, eta=0.0, flow_kind="ode")
+                x = _mixed(step, quiet, sources, wanted)
+            elif stochastic[i]:
                 x = step.sample(normal(sources, shape).to(policy.device))
             else:
-                quiet = schedule.step(prediction, x, i, eta=0.0, flow_kind="ode").mean
-                x = torch.where(
-                    wanted.view(-1, *[1] * len(shape)).to(policy.device),
-                    step.sample(_some_normal(sources, shape, wanted).to(policy.device)),
-                    quiet,
-                )
+                x = step.mean
             if keep == "all" and bool(wanted.any()):
                 log_prob = step.log_prob(x, reduction)
                 log_probs[rows, i] = log_prob.where(wanted.to(policy.device), torch.nan)
@@ -154,11 +151,15 @@ def rollout(
     return Trajectory(kept, log_probs, cond, schedule)
 
 
-def _some_normal(
-    streams: Sequence[np.random.Generator], shape: Sequence[int], wanted: Tensor
+def _mixed(
+    step: Transition, quiet: Transition, streams: Sequence[np.random.Generator], wanted: Tensor
 ) -> Tensor:
-    """Standard normal noise [B, *shape] of the streams that are `wanted` (bool [B]), else 0."""
-    noise = torch.zeros((len(streams), *shape))
+    """The next latents: with noise where it is `wanted` (bool [B]), else those of `quiet`.
+
+    Only the streams that are wanted are drawn from.
+    """
+    noise = torch.zeros(step.mean.shape)
     drawing = [source for source, draws in zip(streams, wanted.tolist()) if draws]
-    noise[wanted] = normal(drawing, shape)
-    return noise
+    noise[wanted] = normal(drawing, noise.shape[1:])
+    mask = wanted.view(-1, *[1] * (noise.ndim - 1)).to(step.mean.device)
+    return torch.where(mask, step.sample(noise.to(step.mean.device)), quiet.mean)

@@ -38,16 +38,6 @@ def make(toy: ModuleType, *, policy: Any = None, **options: Any) -> DDPO:
     )
 
 
-def gradient(ddpo: DDPO, batch: Any) -> torch.Tensor:
-    parameters = ddpo.policy.trainable_parameters()
-    for parameter in parameters:
-        parameter.grad = None
-    for minibatch in ddpo.minibatches(batch):
-        for loss, _ in ddpo.losses(minibatch, 0.5):
-            loss.backward()
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-
-
 def test_small_advantages_become_untrained_and_never_all_of_them() -> None:
     advantages = torch.tensor([0.1, -0.6, math.nan, 2.0, -0.4])
     kept = without_small(advantages, 0.5)
@@ -63,10 +53,11 @@ def test_the_gradient_is_that_of_the_large_advantages_alone(toy: ModuleType) -> 
     batch = plain.collect(0)
     small = batch.advantages.abs() < 0.7
     assert 0 < int(small.sum()) < 12
-    expected = gradient(plain, replace(batch, advantages=batch.advantages.masked_fill(small, 0.0)))
+    silenced = replace(batch, advantages=batch.advantages.masked_fill(small, 0.0))
+    expected = toy.gradient(plain, silenced)
     floored = make(toy, policy=plain.policy, advantage_floor=0.7)
     filtered = floored.collect(0)
-    torch.testing.assert_close(gradient(floored, filtered), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(toy.gradient(floored, filtered), expected, rtol=1e-5, atol=1e-7)
     large = 12 - int(small.sum())
     assert sum(len(m.rows) for m in floored.minibatches(filtered)) == large
     assert filtered.metrics["advantage/trained"] == pytest.approx(large / 12)

@@ -36,16 +36,6 @@ def make(toy: ModuleType, *, policy: Any = None, **options: Any) -> DDPO:
     )
 
 
-def gradient(ddpo: DDPO, batch: Any) -> torch.Tensor:
-    parameters = ddpo.policy.trainable_parameters()
-    for parameter in parameters:
-        parameter.grad = None
-    for minibatch in ddpo.minibatches(batch):
-        for loss, _ in ddpo.losses(minibatch, 1.0):
-            loss.backward()
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-
-
 def test_a_prompt_has_one_window_of_consecutive_steps_and_only_these_take_noise(
     toy: ModuleType,
 ) -> None:
@@ -136,12 +126,13 @@ def test_steps_weighted_by_prediction_add_up_to_their_own_gradients_over_their_l
         low, high = (schedule.step(value, zero, step) for value in (zero, one))
         leverage.append(float((high.mean - low.mean).abs() / low.std))
     mean = sum(leverage) / len(leverage)
-    expected = torch.zeros_like(gradient(plain, batch))
+    expected = torch.zeros_like(toy.gradient(plain, batch))
     for step, size in enumerate(leverage):
         alone = replace(batch, step_orders=torch.full_like(batch.step_orders[:, :, :1], step))
-        expected += gradient(plain, alone) * (mean / size) / STEPS
-    torch.testing.assert_close(gradient(weighted, batch), expected, rtol=1e-4, atol=1e-7)
-    assert not torch.allclose(gradient(plain, batch), expected, rtol=1e-2)
+        expected += toy.gradient(plain, alone) * (mean / size) / STEPS
+    found = toy.gradient(weighted, weighted.collect(0))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-7)
+    assert not torch.allclose(toy.gradient(plain, batch), expected, rtol=1e-2)
 
 
 def test_an_untouched_policy_has_ratio_one_whatever_the_weights(toy: ModuleType) -> None:
@@ -150,3 +141,39 @@ def test_an_untouched_policy_has_ratio_one_whatever_the_weights(toy: ModuleType)
     for minibatch in ddpo.minibatches(batch):
         for _, metrics in ddpo.losses(minibatch, 1.0):
             assert float(metrics["policy/ratio_deviation_max"]) < 1e-5
+
+
+def test_the_ratio_that_is_checked_is_the_one_that_is_trained_with(toy: ModuleType) -> None:
+    """A deviation below the bar, at a step whose weight lifts it above."""
+    plain = make(toy)
+    weighted = make(toy, policy=plain.policy, step_weights="prediction")
+    weights = weighted._likelihood.weights
+    assert weights is not None
+    step = int(weights.argmax())
+    assert float(weights[step]) > 3
+    for ddpo, factor, expected in ((plain, 1.0, "sampled"), (weighted, weights[step], "replayed")):
+        batch = ddpo.collect(0)
+        moved = batch.trajectory.log_probs.clone()
+        moved[:, step] += 7e-7
+        torch.testing.assert_close(
+            batch.old_log_probs[:, step],
+            batch.trajectory.log_probs[:, step] * factor,
+            rtol=1e-5,
+            atol=1e-5,
+        )
+        tampered = replace(batch, old_log_probs=ddpo._likelihood.weighted(moved))
+        assert ddpo.check_replay(tampered).decision == expected
+
+
+def test_a_fault_at_a_step_of_small_weight_is_still_a_fault(toy: ModuleType) -> None:
+    weighted = make(toy, step_weights="prediction")
+    weights = weighted._likelihood.weights
+    assert weights is not None
+    step = int(weights.argmin())
+    assert float(weights[step]) < 0.5
+    batch = weighted.collect(0)
+    moved = batch.trajectory.log_probs.clone()
+    moved[:, step] += 1.6e-5  # above what rounding explains, below it once weighted
+    tampered = replace(batch, old_log_probs=weighted._likelihood.weighted(moved))
+    with pytest.raises(UserError, match="more than rounding explains"):
+        weighted.check_replay(tampered)

@@ -141,6 +141,7 @@ def decide(deviation: list[float], **changes: Any) -> str:
     report = judge(
         timesteps=torch.arange(float(len(deviation))),
         deviation=torch.tensor(deviation),
+        unweighted=torch.tensor(settings.pop("unweighted", deviation)),
         **settings,
     )
     return report.decision
@@ -161,6 +162,15 @@ def test_rounding_is_cured_and_faults_are_not() -> None:
     assert decide([2e-3], reduction="sum") == "replayed"
     with pytest.raises(UserError):
         decide([5e-3], reduction="sum")
+
+
+def test_weights_of_steps_enlarge_rounding_which_stays_rounding_and_hide_no_fault() -> None:
+    assert decide([3e-5], unweighted=[2e-6]) == "replayed"
+    assert decide([9e-7], unweighted=[9e-6]) == "sampled"
+    with pytest.raises(UserError, match="more than rounding explains"):
+        decide([9e-7], unweighted=[3e-5])
+    with pytest.raises(UserError, match="above the bar"):
+        decide([3e-5], unweighted=[2e-6], wish="sampled")
 
 
 def test_lower_precision_is_held_to_the_clip_range_instead() -> None:

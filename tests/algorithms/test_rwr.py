@@ -69,16 +69,6 @@ def make(
     )
 
 
-def gradient(rwr: RWR, batch: Any, accumulation: int) -> Tensor:
-    parameters = rwr.policy.trainable_parameters()
-    for parameter in parameters:
-        parameter.grad = None
-    for minibatch in rwr.minibatches(batch):
-        for loss, _ in rwr.losses(minibatch, 1 / accumulation):
-            loss.backward()
-    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-
-
 def test_exponential_weights_are_a_softmax_times_their_number() -> None:
     advantages = torch.tensor([0.3, -1.2, 2.0, 0.0, math.nan])
     weights = exponential_weights(advantages, 0.7)
@@ -183,11 +173,11 @@ def test_every_model_regresses_to_what_it_predicts(toy: ModuleType, kind: str) -
 def test_the_gradient_does_not_depend_on_how_a_batch_is_cut(toy: ModuleType) -> None:
     whole = make(toy, train_batch_size=12, timesteps_per_loss=6)
     batch = whole.collect(0)
-    expected = gradient(whole, batch, 1)
+    expected = toy.gradient(whole, batch)
     for size, group in ((12, 1), (4, 3), (1, 2)):
         other = make(toy, policy=whole.policy, train_batch_size=size, timesteps_per_loss=group)
         torch.testing.assert_close(
-            gradient(other, batch, 12 // size), expected, rtol=1e-4, atol=1e-6
+            toy.gradient(other, batch, size / 12), expected, rtol=1e-4, atol=1e-6
         )
 
 
@@ -199,7 +189,7 @@ def test_two_ranks_share_one_gradient(toy: ModuleType, size: int) -> None:
     """
     rwr = make(toy, train_batch_size=size, reward=toy.Brightness(failing=(3,)))
     batch = rwr.collect(0)
-    expected = gradient(rwr, batch, 12 // size)
+    expected = toy.gradient(rwr, batch, size / 12)
     count = len(list(rwr.minibatches(batch)))
     total = torch.zeros_like(expected)
     for rank in range(2):
@@ -212,7 +202,7 @@ def test_two_ranks_share_one_gradient(toy: ModuleType, size: int) -> None:
         )
         part = replace(batch, collected=mine)
         assert len(list(rwr.minibatches(part))) == count
-        total += gradient(rwr, part, 12 // size)
+        total += toy.gradient(rwr, part, size / 12)
     torch.testing.assert_close(total / 2, expected, rtol=1e-5, atol=1e-7)
 
 

@@ -185,3 +185,14 @@ class Constant:
         metadata: Sequence[Mapping[str, Any]] | None = None,
     ) -> Scores:
         return Scores(torch.ones(len(media)))
+
+
+def gradient(algorithm: Any, batch: Any, scale: float = 1.0) -> Tensor:
+    """What all losses of a batch leave in the trainable parameters, flat."""
+    parameters = algorithm.policy.trainable_parameters()
+    for parameter in parameters:
+        parameter.grad = None
+    for minibatch in algorithm.minibatches(batch):
+        for loss, _ in algorithm.losses(minibatch, scale):
+            loss.backward()
+    return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

@@ -12,6 +12,7 @@ from PIL import Image
 
 from diffusion_align.evaluation.options import EvaluationOptions
 from diffusion_align.evaluation.probe import Probe
+from diffusion_align.sampling.options import SamplingOptions
 
 OPTIONS = EvaluationOptions(seeds=2, sample_prompts=3)
 PROMPTS = ["a", "bb", "ccc", "never drawn"]
@@ -41,6 +42,32 @@ def test_step_zero_is_the_base_and_later_steps_share_its_noise(
     written = sorted(path.name for path in (tmp_path / "10").iterdir())
     pictures = [f"p{p:04d}_s{s:02d}.png" for p in range(3) for s in range(2)]
     assert written == ["grid.png", *pictures, "prompts.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "guidance"),
+    [(OPTIONS, 5, 3.0), (EvaluationOptions(seeds=1, steps=7, guidance_scale=4.0), 7, 4.0)],
+)
+def test_looks_are_drawn_as_in_training_unless_the_options_say_otherwise(
+    fake_policy: Any, brightness: Any, options: EvaluationOptions, steps: int, guidance: float
+) -> None:
+    policy = fake_policy()
+    seen: list[float] = []
+    schedule, predict = policy.schedule, policy.predict
+
+    def counted(count: int) -> Any:
+        seen.append(count)
+        return schedule(count)
+
+    def watched(*args: Any, guidance_scale: float) -> Any:
+        seen.append(guidance_scale)
+        return predict(*args, guidance_scale=guidance_scale)
+
+    policy.schedule, policy.predict = counted, watched
+    training = SamplingOptions(steps=5, guidance_scale=3.0)
+    rewards = {"light": brightness()}
+    Probe(policy, PROMPTS, rewards=rewards, options=options, sampling=training).scores(0)
+    assert seen == [steps] + [guidance] * steps
 
 
 def test_the_grid_shows_the_base_beside_every_step(fake_policy: Any, tmp_path: Path) -> None:

@@ -14,9 +14,16 @@ from diffusion_align import Policy, UserError
 from diffusion_align.policy.catalogue import MODELS, resolve
 from diffusion_align.sampling import SamplingOptions, resolve_sampling, stream
 from diffusion_align.sampling.rollout import Trajectory, rollout
+from diffusion_align.sampling.seeds import Purpose, normal
 
 SCALE = 3.0
 PROMPTS = ["a", "a red circle", "a", "blue", "a small green square"]
+
+
+def fresh(items: list[int], iteration: int | None = 0) -> list[np.random.Generator]:
+    """The streams of these items of one batch plan."""
+    purpose: Purpose = "eval" if iteration is None else "rollout"
+    return [stream(1, purpose, iteration=iteration, position=i, sample=0) for i in items]
 
 
 def sample(
@@ -26,25 +33,16 @@ def sample(
     iteration: int | None = 0,
     batch_size: int = 32,
     steps: int = 5,
+    streams: list[np.random.Generator] | None = None,
     **others: Any,
 ) -> Trajectory:
     """Items of one batch plan, made together or not."""
     cond = policy.encode([PROMPTS[i] for i in items], guidance_scale=SCALE)
-    streams = [
-        stream(
-            1,
-            "eval" if iteration is None else "rollout",
-            iteration=iteration,
-            position=i,
-            sample=0,
-        )
-        for i in items
-    ]
     return rollout(
         policy,
         cond,
         policy.schedule(steps),
-        streams,
+        streams or fresh(items, iteration),
         guidance_scale=SCALE,
         batch_size=batch_size,
         **others,
@@ -237,6 +235,19 @@ def test_steps_without_their_noise_are_those_of_the_deterministic_sampler(policy
         torch.testing.assert_close(
             mixed.log_probs[row], alone.log_probs[0], atol=1e-5, rtol=1e-5, equal_nan=True
         )
+
+
+def test_an_item_draws_for_its_own_steps_alone(policy: Policy) -> None:
+    noisy = torch.zeros(3, 5, dtype=torch.bool)
+    noisy[1, 1:3], noisy[2] = True, True
+    streams = fresh([0, 1, 3])
+    made = sample(policy, [0, 1, 3], noisy=noisy, streams=streams)
+    taken = (~made.log_probs.isnan()).sum(dim=1).tolist()
+    assert taken[:2] == [0, 2] and taken[2] > 2
+    for used, untouched, steps in zip(streams, fresh([0, 1, 3]), taken, strict=True):
+        for _ in range(1 + steps):  # x_T first
+            normal([untouched], made.latents.shape[2:])
+        assert used.random() == untouched.random()  # both stand at the same place
 
 
 def test_items_that_share_a_start_differ_by_the_noise_of_their_steps_alone(policy: Policy) -> None:

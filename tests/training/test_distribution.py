@@ -201,6 +201,17 @@ def test_a_chain_of_losses_is_shared_as_well(
     same_rows(two, one)
 
 
+def test_windows_of_noise_are_those_of_the_items_that_a_rank_holds(
+    alone: Callable[..., Ended], tmp_path: Path
+) -> None:
+    settings = {"noise_window": 2, "shared_noise": True, "step_weights": "prediction"}
+    two = start(tmp_path, "run", algorithm=settings)
+    assert two.codes == [0, 0]
+    one = alone(algorithm=settings)
+    close(two.weights(), one.weights())
+    same_rows(two, one)
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -81,6 +81,8 @@ def test_a_spread_in_between_starts_the_count_again() -> None:
     watch, _ = guards()
     for iteration, spread in enumerate((0.0, 0.0, 1.0, 0.0, 0.0)):
         watch.collected({"reward/std": 1.0, "advantage/std": spread}, iteration)
+    with pytest.raises(GuardStop, match="3 iterations in a row"):
+        watch.collected({"reward/std": 1.0, "advantage/std": 0.0}, 5)
 
 
 @pytest.mark.parametrize("deviation", [0.0, 3e-9])
