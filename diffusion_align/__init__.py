@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from diffusion_align.algorithms.reward_training import RewardTraining
     from diffusion_align.algorithms.rwr import RWR
     from diffusion_align.algorithms.rwr_options import RWROptions
+    from diffusion_align.algorithms.supervised import Supervised
+    from diffusion_align.algorithms.supervised_options import SupervisedOptions
     from diffusion_align.errors import UserError
     from diffusion_align.evaluation.compare import compare
     from diffusion_align.policy import Policy
@@ -39,6 +41,8 @@ _HOMES = {
     "RewardOptions": "diffusion_align.algorithms.reward_options",
     "RewardTraining": "diffusion_align.algorithms.reward_training",
     "SamplingOptions": "diffusion_align.sampling.options",
+    "Supervised": "diffusion_align.algorithms.supervised",
+    "SupervisedOptions": "diffusion_align.algorithms.supervised_options",
     "TrainOptions": "diffusion_align.training.options",
     "UserError": "diffusion_align.errors",
     "compare": "diffusion_align.evaluation.compare",
@@ -57,6 +61,8 @@ __all__ = [
     "RewardOptions",
     "RewardTraining",
     "SamplingOptions",
+    "Supervised",
+    "SupervisedOptions",
     "TrainOptions",
     "UserError",
     "__version__",

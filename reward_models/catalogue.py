@@ -15,6 +15,7 @@ from reward_models.base import Reward, RewardError, require_gradient
 from reward_models.names import (
     TRAINED_FILE,
     check_single,
+    differentiable,
     existing_file,
     find,
     is_file,
@@ -35,11 +36,13 @@ __all__ = [
     "canonical",
     "check_name",
     "components",
+    "differentiable",
     "existing_file",
     "find",
     "is_file",
     "load",
     "names",
+    "without_gradient",
 ]
 
 
@@ -86,6 +89,16 @@ def components(name: str) -> list[str]:
     if is_expression(name):
         return [term.name for term in parse_expression(name).terms]
     return [name]
+
+
+def without_gradient(name: str) -> list[str]:
+    """The rewards behind a name that have no gradient. Files and the user's own are believed.
+
+    Raises:
+        RewardError: as `check_name`.
+    """
+    rows = [row_of(component) for component in components(name)]
+    return [row.info.name for row in rows if row is not None and not row.info.differentiable]
 
 
 def load(

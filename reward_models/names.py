@@ -30,6 +30,11 @@ def names() -> list[str]:
     return list(ROWS)
 
 
+def differentiable() -> list[str]:
+    """Those of `names()` whose scores have a gradient with respect to the pixels."""
+    return [name for name, row in ROWS.items() if row.info.differentiable]
+
+
 def find(name: str) -> Row:
     """The row of a name; case, surrounding blanks and `_` for `-` do not matter.
 

@@ -89,6 +89,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "diffusion_align.data.prompt_functions",
         "diffusion_align.data.prompts",
         "diffusion_align.policy.catalogue",
+        # what a reward is called, and whether it has a gradient: data of its table
         "reward_models.catalogue",
         "diffusion_align.algorithms.options",
         "diffusion_align.algorithms.reward_options",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_every_defence_is_switched_on_by_one_of_them() -> None:
 def test_its_other_commands_name_options_that_there_are(name: str) -> None:
     from diffusion_align.commands import pictures, sweep
 
-    known = inspect.signature({"sweep": sweep.sweep, "compare": pictures.compare}[name]).parameters
+    command: Callable[..., None] = sweep.sweep if name == "sweep" else pictures.compare
+    known = inspect.signature(command).parameters
     found = commands(name)
     assert found
     for words in found:

@@ -12,6 +12,10 @@ _EXPORTS = {
     "DraftOptions": "draft_options",
     "RWR": "rwr",
     "RWROptions": "rwr_options",
+    "RewardOptions": "reward_options",
+    "RewardTraining": "reward_training",
+    "Supervised": "supervised",
+    "SupervisedOptions": "supervised_options",
     "ALGORITHMS": "catalogue",
     "Needs": "catalogue",
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from diffusion_align.algorithms.draft_options import DraftOptions
+from diffusion_align.algorithms.likelihood import tells_guidance
 from diffusion_align.errors import UserError
 from reward_models.base import Reward
 
@@ -35,6 +38,29 @@ def differentiable_rewards() -> list[str]:
     from reward_models.table import ROWS
 
     return sorted(name for name, row in ROWS.items() if row.info.differentiable)
+
+
+def check_guidance(policy: Any, options: DraftOptions) -> None:
+    """Refuse what is asked of a second guidance branch where the network has none.
+
+    A preset that says `conditional` means all that such a network has.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if not tells_guidance(policy):
+        return
+    asked = {
+        "guidance_gradient": options.guidance_gradient == "conditional",
+        "norm_compensation": bool(options.norm_compensation),
+    }
+    if any(asked.values()):
+        raise UserError(
+            f"{policy.info.name} is told its guidance and has no second branch: there is nothing "
+            "to leave out of the gradient, and no factor to make up for",
+            where=", ".join(f"algorithm.{name}" for name, said in asked.items() if said),
+            fix="leave it out (null): the gradient goes through the one branch",
+        )
 
 
 def refuse_half(module: nn.Module) -> None:
@@ -85,11 +111,16 @@ def check_path(*, pixels: bool, latents: bool, reward: str, iteration: int) -> N
             fix="it rounds, saturates, or looks at nothing of these pictures",
         )
     if not latents:
-        raise UserError(
-            "the pixels have a gradient and the latents have none: the chain breaks at the VAE",
-            where=f"VAE, iteration {iteration}",
-            fix="are all pixels clipped at 0 or 1, or does decoding run under no_grad?",
-        )
+        raise vae_broken(iteration)
+
+
+def vae_broken(iteration: int) -> UserError:
+    """What to raise where a gradient reaches the pixels and no latent."""
+    return UserError(
+        "the pixels have a gradient and the latents have none: the chain breaks at the VAE",
+        where=f"VAE, iteration {iteration}",
+        fix="are all pixels clipped at 0 or 1, or does decoding run under no_grad?",
+    )
 
 
 def denoiser_broken(iteration: int) -> UserError:
@@ -102,21 +133,11 @@ def denoiser_broken(iteration: int) -> UserError:
     )
 
 
-def check_arrival(parameters: Sequence[nn.Parameter], iteration: int) -> None:
-    """Stop where dL/dx_0 is not zero and no trained parameter's gradient is.
-
-    Raises:
-        UserError: the chain breaks at the denoiser.
-    """
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        norm = torch.linalg.vector_norm(gradient)
-        value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        if value != 0:  # NaN is the not_finite guard's
-            return
-    raise denoiser_broken(iteration)
+def arrived(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether any trained parameter has a gradient on this process; of a shard, its own part."""
+    gradients = (p.grad for p in parameters if p.grad is not None)
+    # NaN counts: it is the not_finite guard's.
+    return any(bool(getattr(g, "to_local", lambda g=g: g)().any()) for g in gradients)
 
 
 def check_mismatch(mismatch: Tensor | None, limit: float) -> None:

@@ -35,7 +35,7 @@ from diffusion_align.algorithms.draft_options import DraftOptions
 from diffusion_align.algorithms.gradient_chain import Chain, Distance
 from diffusion_align.algorithms.gradient_engines import ENGINES, MISMATCH, Errand, loss_count
 from diffusion_align.algorithms.gradient_plan import DrawnSteps
-from diffusion_align.algorithms.likelihood import branches
+from diffusion_align.algorithms.likelihood import branches, tells_guidance
 from diffusion_align.algorithms.plan import Plan
 from diffusion_align.algorithms.replay import FloatProbe, refuse_dropout
 from diffusion_align.algorithms.reward_gradient import RangeCheck, RewardLoss
@@ -86,7 +86,7 @@ class Draft:
     ) -> None:
         self.policy = policy
         self.options = o = options or DraftOptions()
-        self.reward = checks.with_gradient(_on_clips(as_reward(reward), policy, o))
+        self.reward = checks.with_gradient(_on_clips(as_reward(reward), policy, o, seed))
         self.sampling = s = resolve_sampling(sampling or SamplingOptions(), policy.info)
         self.needs = Needs(
             reference=o.kl_weight > 0, differentiable_reward=True, chained_losses=True
@@ -99,6 +99,7 @@ class Draft:
         o.plan.check(s.steps)
         refuse_dropout(policy.denoiser)
         checks.refuse_half(policy.denoiser)
+        checks.check_guidance(policy, o)
         self._distance = Distance(o.kl_kind, o.kl_weight) if o.kl_weight > 0 else None
         self._plan = Plan(
             load_prompts(prompts), o.prompts_per_iteration, o.samples_per_prompt, seed
@@ -110,17 +111,15 @@ class Draft:
         self.calls = 0
 
     def _check_chain(self) -> None:
-        """What depends on the steps of a batch, looked at in the first one's."""
-        drawn, stochastic = self.drawn(0), self._chain.stochastic()
-        noisy = any(stochastic[step] for step in drawn.active)
-        if self._distance is not None and self._distance.kind == "kl" and not noisy:
+        """What depends on the active steps, whichever are drawn."""
+        plan, steps = self.options.plan, len(self._chain.schedule)
+        if self._distance and not self._distance.steps(self._chain, plan.reachable(steps)):
             raise UserError(
-                "no active step takes noise, so none has a KL divergence",
+                "no step that may be active takes noise, so none has a KL divergence",
                 where="algorithm.kl_kind",
                 fix="set algorithm.kl_kind=prediction, or sampling.eta=1",
             )
-        gaps = len(drawn.active) < drawn.last + 1 - drawn.first
-        if gaps and self._chain.schedule.clip_sample_range is not None:
+        if plan.leaves_gaps(steps) and self._chain.schedule.clip_sample_range is not None:
             raise UserError(
                 "this model's scheduler clips its estimates, and a gradient cannot pass through a "
                 "step that is not re-run",
@@ -141,12 +140,14 @@ class Draft:
         drawn = self.drawn(0)
         shown = ", ".join(map(str, drawn.active[:8])) + (" ..." if len(drawn.active) > 8 else "")
         copies = f", {plan.lv_copies} copies noised again" if plan.lv_copies else ""
+        told = tells_guidance(self.policy)
+        guidance = "guidance " + ("is told to the network" if told else plan.guidance_gradient)
         inner = "none" if self._distance is None else f"{o.kl_kind}, weight {o.kl_weight:g}"
         return [
             f"{o.preset}: loss {RewardLoss.of(o).words()} of the reward r; {o.engine} engine; "
             f"distance to the reference: {inner}",
             f"gradient through {len(drawn.active)} of {s.steps} steps (in iteration 0: {shown}), "
-            f"coupling {plan.coupling:g}, guidance {plan.guidance_gradient}{copies}; the reward "
+            f"coupling {plan.coupling:g}, {guidance}{copies}; the reward "
             f"looks at {'x_0' if plan.reward_input == 'x_0' else 'the estimate of x_0'}",
             f"one iteration, which is one update: {o.prompts_per_iteration} prompts x "
             f"{o.samples_per_prompt} samples, guidance {s.guidance_scale:g}",
@@ -209,13 +210,13 @@ class Draft:
 
     def _spend(self, judged: JudgedChains, drawn: DrawnSteps, iteration: int) -> float:
         """Calls so far: forwards of one sample, a backward counting as two."""
-        forward = branches(self.sampling.guidance_scale)
+        forward = branches(self.sampling.guidance_scale, self.policy)
         graph = forward if self.options.plan.guidance_gradient == "both" else 1
         copies, steps = self.options.plan.lv_copies, len(drawn.active)
         sampled = len(self._plan) * (drawn.last + 1 + copies) * forward
         walked = (steps + copies) * (forward + 2 * graph)
         if self._distance is not None:
-            walked += steps * forward
+            walked += len(self._distance.steps(self._chain, drawn.active)) * forward
         self.calls += sampled + int(self._taken(judged).sum()) * walked
         if self.supervised is not None and self.supervised.due(iteration):
             self.calls += self.supervised.calls
@@ -234,8 +235,13 @@ class Draft:
         return self.options.arithmetic
 
     def minibatches(self, batch: DraftBatch) -> Iterator[DraftMinibatch]:
-        """Shuffled chains in chunks of `train_batch_size`, without those that teach nothing."""
-        return cut(batch, self._taken(batch.judged), self.options.train_batch_size)
+        """Shuffled chains in chunks of `train_batch_size`, without those that teach nothing.
+
+        Where none is left and a supervised step is due, one minibatch carries that alone.
+        """
+        supervised = self.supervised is not None and self.supervised.due(batch.iteration)
+        size = self.options.train_batch_size
+        return cut(batch, self._taken(batch.judged), size, always=supervised)
 
     def losses(
         self, minibatch: DraftMinibatch, scale: float
@@ -250,6 +256,22 @@ class Draft:
             UserError: several updates of one iteration, a re-run that differs, a lost gradient.
         """
         checks.check_one_update(scale, self.minibatch_count(), self.minibatch_arithmetic())
+        if minibatch.total:
+            yield from self._chain_losses(minibatch, scale)
+        if self.supervised is None or not self._supervises(minibatch):
+            self._look_for_arrival(minibatch, mixed=False)
+            return
+        # Before a supervised gradient joins it. Of shards nothing is there before the last loss.
+        if not self.group.lockstep:
+            self._look_for_arrival(minibatch, mixed=False)
+        yield from self.supervised.losses(minibatch.iteration, 1.0, self.group)
+        if self.group.lockstep:
+            self._look_for_arrival(minibatch, mixed=True)
+
+    def _chain_losses(
+        self, minibatch: DraftMinibatch, scale: float
+    ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Those of the reward and the reference."""
         # Gradients are averaged over the ranks, hence the group's size. The chain carries it.
         share = scale * self.group.size / self.options.train_batch_size
         part = minibatch.count * self.group.size / minibatch.total
@@ -272,14 +294,24 @@ class Draft:
             yield loss, weighted(metrics, part)
         if minibatch.count:
             checks.check_mismatch(worst, self._limit)
-        if minibatch.closes and not self._arrived:
-            # With the losses behind it still to come, gradients of other ranks may be missing.
-            if self.group.size == 1 and bool(minibatch.gradient.any()):
-                checks.check_arrival(self.policy.trainable_parameters(), minibatch.iteration)
-            self._arrived = True
-        if self._supervises(minibatch):
-            assert self.supervised is not None
-            yield from self.supervised.losses(minibatch.iteration, 1.0, self.group)
+
+    def _look_for_arrival(self, minibatch: DraftMinibatch, *, mixed: bool) -> None:
+        """In the first update with a gradient to bring, see that it reached the parameters.
+
+        What counts is what all ranks hold together. One that stands together with a supervised
+        step's (`mixed`) is looked at, but not taken for found.
+
+        Raises:
+            UserError: it did not, and no other check says where it was lost: in the denoiser.
+        """
+        if self._arrived or not minibatch.closes:
+            return
+        here = checks.arrived(self.policy.trainable_parameters())
+        every = self.group.gather(torch.tensor([[minibatch.owed, here]])).any(dim=0)
+        owed, found = every.tolist()
+        if owed and not found:
+            raise checks.denoiser_broken(minibatch.iteration)
+        self._arrived = owed and not mixed
 
     def _supervises(self, minibatch: DraftMinibatch) -> bool:
         if self.supervised is None or not minibatch.closes:
@@ -288,7 +320,7 @@ class Draft:
 
     def loss_count(self, minibatch: DraftMinibatch) -> int:
         """How many losses `losses` yields."""
-        count = loss_count(minibatch.walk, self.options.engine)
+        count = loss_count(minibatch.walk, self.options.engine) if minibatch.total else 0
         if self._supervises(minibatch):
             assert self.supervised is not None
             count += self.supervised.loss_count(self.group)
@@ -313,10 +345,13 @@ class Draft:
             self.supervised.load_state_dict(state["supervised"])
 
 
-def _on_clips(reward: Reward, policy: Policy, options: DraftOptions) -> Reward:
-    """An image reward on a model of clips looks at some of their frames."""
+def _on_clips(reward: Reward, policy: Policy, options: DraftOptions, seed: int) -> Reward:
+    """An image reward on a model of clips looks at some of their frames.
+
+    Random ones are drawn by the seed, and by the name that `Judge` gives each clip.
+    """
     if getattr(policy.info, "modality", "image") == "image" or reward.info.modality == "video":
         return reward
     from reward_models.video.reward import FrameReward
 
-    return FrameReward(reward, options.reward_frames)
+    return FrameReward(reward, options.frames_scored, seed=seed)

@@ -35,6 +35,7 @@ class DraftMinibatch:
 
     gradient: [B, *latent]; copy_gradients: [B, C, *latent]. A rank that holds none takes part with
     one chain of zeros, `count` 0. closes: whether this is the last minibatch of the iteration.
+    owed: whether any minibatch of this rank's has a gradient to bring to the parameters.
     """
 
     walk: Walk
@@ -45,22 +46,30 @@ class DraftMinibatch:
     total: int
     iteration: int
     closes: bool
+    owed: bool
 
 
-def cut(batch: DraftBatch, taken: Tensor, size: int) -> Iterator[DraftMinibatch]:
+def cut(
+    batch: DraftBatch, taken: Tensor, size: int, *, always: bool = False
+) -> Iterator[DraftMinibatch]:
     """Shuffled chains in chunks of `size`, without those that take no part.
 
     Args:
         taken: bool [N], who does. A chain that does not makes its own chunk smaller and moves no
             other, and a chunk of none is left out.
+        always: where nobody does, one minibatch of none, for what else belongs to an update.
     """
     chunks = [planned[taken[planned]] for planned in batch.order.split(size)]
-    chunks = [planned for planned in chunks if len(planned)]
+    chunks = [planned for planned in chunks if len(planned)] or chunks[: int(always)]
+    judged = batch.judged
+    _, rows = judged.collection.share.held(taken.nonzero()[:, 0])
+    given = (judged.gradient, judged.copy_gradients)
+    owed = any(bool(gradient[rows.to(gradient.device)].any()) for gradient in given)
     for number, planned in enumerate(chunks, start=1):
-        yield _gather(batch, planned, closes=number == len(chunks))
+        yield _gather(batch, planned, closes=number == len(chunks), owed=owed)
 
 
-def _gather(batch: DraftBatch, planned: Tensor, *, closes: bool) -> DraftMinibatch:
+def _gather(batch: DraftBatch, planned: Tensor, *, closes: bool, owed: bool) -> DraftMinibatch:
     judged = batch.judged
     _, rows = judged.collection.share.held(planned)
     count = len(rows)
@@ -77,4 +86,5 @@ def _gather(batch: DraftBatch, planned: Tensor, *, closes: bool) -> DraftMinibat
         total=len(planned),
         iteration=batch.iteration,
         closes=closes,
+        owed=owed,
     )

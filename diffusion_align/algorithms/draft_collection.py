@@ -33,7 +33,8 @@ class JudgedChains:
         collection: items, scores, pictures.
         walk: n chains.
         cond: of n items.
-        gradient: [n, *latent], dL/d(walk.final) of each item's own loss, its share of 1 + C.
+        gradient: [n, *latent], dL/d(walk.final) of each item's own loss: its share of those of its
+            1 + C pictures that have a score.
         copy_gradients: [n, C, *latent], the same of the LV copies.
         teaches: bool [N] on the CPU, whose loss has a slope.
         copy_scores: float32 [C, N].
@@ -117,8 +118,11 @@ def collect_chains(
     samples = Samples(drawn_pictures[: len(places)], prompts, scores.values[places])
     nowhere = torch.full((len(mine), len(chain.schedule)), torch.nan)
     trajectory = Trajectory(joined.final[:, None], nowhere, cond, chain.schedule)
-    factor = chain.rescale(drawn) / len(judged)
-    stacked = torch.stack([j.gradient for j in judged], dim=1) * factor
+    # An item's loss is the mean over those of its pictures that have a score.
+    counted = torch.stack([j.scores.values.isfinite() for j in judged]).sum(dim=0)
+    stacked = torch.stack([j.gradient for j in judged], dim=1)
+    factor = (chain.rescale(drawn) / counted[share.places].clamp(min=1).double()).to(stacked)
+    stacked = stacked * factor.view(-1, *[1] * (stacked.ndim - 1))
     return JudgedChains(
         collection=Collection(items, share, trajectory, scores, samples, pictures),
         walk=joined,
@@ -147,7 +151,7 @@ def _look(
             fix="see why it returns NaN: score a folder of pictures with it first",
         )
     for judgement in judged:
-        ranges.look(judgement.scores.values, iteration)
+        ranges.look(judgement.scores, iteration)
     sloped = torch.stack([loss.teaches(j.scores.values) for j in judged]).any(dim=0)
     teaches = sloped & main.isfinite()
     found = [[any(j.pixels for j in judged), any(j.latents for j in judged)]]

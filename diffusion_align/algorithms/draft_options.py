@@ -12,7 +12,8 @@ from diffusion_align.algorithms.gradient_plan import (
     GuidanceGradient,
     RewardInput,
 )
-from diffusion_align.algorithms.gradient_presets import PRESETS, Preset
+from diffusion_align.algorithms.gradient_presets import PRESETS, REWARD_FRAMES, Preset
+from diffusion_align.algorithms.options import fewest_prompts
 from diffusion_align.errors import OptionError
 from diffusion_align.ranges import at_least, nearest_divisors, positive, require, words
 
@@ -181,15 +182,19 @@ class DraftOptions:
         default="all",
         metadata={"doc": "video: latent frames decoded: all, first or uniform:n"},
     )
-    reward_frames: str = field(
-        default="all",
+    reward_frames: str | None = field(
+        default=None,
         metadata={
-            "doc": "video: decoded frames an image reward sees: all, first, uniform:n or random:n"
+            "doc": "video: decoded frames an image reward sees: all, first, uniform:n or random:n "
+            "(drawn for each clip of each iteration)" + _AS_PRESET
         },
     )
     range_check: Literal["stop", "warn", "off"] = field(
         default="stop",
-        metadata={"doc": "scores outside the range that the reward states without an 'about'"},
+        metadata={
+            "doc": "scores outside the range that the reward states; where it says 'about', by "
+            "more than the range is wide"
+        },
     )
     reward_timeout: float = field(
         default=0.0,
@@ -230,6 +235,11 @@ class DraftOptions:
         said = {name: value for name, value in given.items() if value is not None}
         return replace(PRESETS[self.preset], **said)
 
+    @property
+    def frames_scored(self) -> str:
+        """The frames of a clip that an image reward sees: as given, or as the preset says."""
+        return self.reward_frames or REWARD_FRAMES.get(self.preset, "all")
+
     def trained_steps(self, sampling_steps: int) -> int:
         """How many network calls of a sample carry a gradient: about so many, where that is drawn.
 
@@ -244,6 +254,51 @@ class DraftOptions:
             counts = {"all": sampling_steps, "chosen": len(plan.chosen_steps)}
             steps = min(counts.get(plan.active, plan.active_steps), sampling_steps)
         return steps + plan.lv_copies
+
+    def sampled_calls(self, sampling_steps: int) -> float:
+        """How often the denoiser is asked for a sample while it is made: steps and LV copies."""
+        ends = (self.plan.stop_start + self.plan.stop_end) / 2
+        return sampling_steps * ends + self.plan.lv_copies
+
+    def trained_pairs(self, sampling_steps: int) -> int:
+        """(sample, network call with a gradient) pairs of an iteration: about so many."""
+        return self.samples * self.trained_steps(sampling_steps)
+
+    def fewer(self, at_once: int, steps: int, accumulation: int) -> tuple[DraftOptions, int, int]:
+        """One update that is as full at its fullest: (options, sampling steps, accumulation).
+
+        Of steps only those before the last K may go: elsewhere which of them carry a gradient hangs
+        on how many there are. Of minibatches there are two where there are several: the second
+        finds gradients in place. An iteration is one update, so `accumulation` is what is left.
+        """
+        if self.plan.active == "last" and not self.plan.stops_early:
+            steps = min(steps, self.plan.active_steps + 1)
+        parts = min(2, self.minibatches) * self.train_batch_size
+        prompts = fewest_prompts(self, max(min(at_once, self.samples), parts))
+        options = replace(self, prompts_per_iteration=prompts)
+        return options, steps, options.minibatches
+
+    def sizes(self, phase: str, at_once: int) -> dict[str, int]:
+        """Options that say how much a phase has in memory at once, and what they say."""
+        said = {
+            "decoding": {"decode_batch_size": self.decode_batch_size or 1},
+            "scoring": {"reward_batch_size": self.reward_batch_size or at_once},
+        }
+        return said.get(phase, {})
+
+    def dry(self) -> DraftOptions:
+        """The same work where pictures have no meaning: no score of theirs changes any of it."""
+        return replace(self, loss="negative", loss_target=None, range_check="off")
+
+    @property
+    def caveat(self) -> str:
+        """What an estimate made of iteration 0 cannot know of later ones; empty if nothing."""
+        if self.plan.active != "cut":
+            return ""
+        return (
+            "how many steps carry a gradient is drawn for each update (algorithm.active: cut); the "
+            "figures are those of the first"
+        )
 
     @property
     def samples(self) -> int:
@@ -267,9 +322,12 @@ def _check_frames(options: DraftOptions) -> None:
         ("decode_frames", ("all", "first", "uniform")),
         ("reward_frames", ("all", "first", "uniform", "random")),
     ):
-        kind, _, number = str(getattr(options, name)).partition(":")
+        word = getattr(options, name)
+        if word is None:
+            continue
+        kind, _, number = str(word).partition(":")
         counted = kind in ("uniform", "random")
         fits = number.isdecimal() and int(number) > 0 if counted else not number
         if kind not in kinds or not fits:
             known = ", ".join(f"{k}:4" if k in ("uniform", "random") else k for k in kinds)
-            raise OptionError(name, f"must be one of {known}, not {getattr(options, name)!r}")
+            raise OptionError(name, f"must be one of {known}, not {word!r}")

@@ -7,6 +7,7 @@ these few operations.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from diffusion_align.algorithms.gradient_plan import DrawnSteps, GradientPlan
+from diffusion_align.algorithms.likelihood import branches
 from diffusion_align.diffusion.schedules import Schedule
 from diffusion_align.diffusion.transitions import Transition
 from diffusion_align.policy import Conditioning, Policy
@@ -82,9 +84,21 @@ class Chain:
     def weights(self, drawn: DrawnSteps) -> dict[int, float]:
         """Factor of each active step's network gradient."""
         said = self.plan.step_weights or (1.0,) * len(drawn.active)
-        scale = self.sampling.guidance_scale
-        share = 1 / scale if self.plan.norm_compensation and scale > 1 else 1.0
-        return {step: w * share for step, w in zip(drawn.active, said, strict=True)}
+        return {step: w * self.share for step, w in zip(drawn.active, said, strict=True)}
+
+    @property
+    def pairs(self) -> bool:
+        """Whether a prediction joins two guidance branches."""
+        return branches(self.sampling.guidance_scale, self.policy) == 2
+
+    @property
+    def share(self) -> float:
+        """1 / guidance scale with `norm_compensation`: takes off what a pair's formula puts on.
+
+        A network that is told the scale multiplies nothing by it.
+        """
+        compensated = self.plan.norm_compensation and self.pairs
+        return 1 / self.sampling.guidance_scale if compensated else 1.0
 
     def through(self, gradient: Tensor, step: int, last: int) -> Tensor:
         """dL/dx from dL/d(output) where the network's output is a constant: no network call."""
@@ -124,7 +138,7 @@ class Distance:
     """How far a step is from the reference's, per item.
 
     kind: `kl` of the two Gaussians, per dimension (SEIKO, arXiv 2402.16359: (mu - mu_ref)^2 /
-    (2 std^2)), 0 where a step has no noise; or the mean squared difference of the `prediction`s.
+    (2 std^2)), of the steps with noise only; or the mean squared difference of the `prediction`s.
     The reference is a constant, and looks at the same latent.
     """
 
@@ -136,15 +150,18 @@ class Distance:
         """What it is called in the log; guards watch the first."""
         return "policy/kl_reference" if self.kind == "kl" else "policy/prediction_distance"
 
+    def steps(self, chain: Chain, active: Iterable[int]) -> tuple[int, ...]:
+        """Those of the active steps that have such a distance; means are over these."""
+        stochastic = chain.stochastic()
+        return tuple(step for step in active if self.kind == "prediction" or stochastic[step])
+
     def of(
         self, chain: Chain, prediction: Tensor, x: Tensor, step: int, cond: Conditioning
     ) -> Tensor:
-        """[B], differentiable in the prediction."""
+        """[B], differentiable in the prediction, of one of `steps`."""
         with torch.no_grad(), chain.policy.reference():
             reference = chain.predict(x.detach(), step, cond)
         if self.kind == "prediction":
             return (prediction - reference).square().flatten(1).mean(1)
-        if not chain.stochastic()[step]:
-            return prediction.new_zeros(len(prediction))
         here = chain.transition(prediction, x, step)
         return here.kl(chain.transition(reference, x, step), "mean")

@@ -100,10 +100,11 @@ def _active(
     prediction, weighted = chain.rerun(x, step, errand.cond, weights[step])
     out = chain.output(weighted, x, step, walk.noise_of(step), walk.drawn.last)
     metrics = {MISMATCH: _mismatch(out, walk.after(step), x)}
-    if errand.distance is None:
+    having = errand.distance.steps(chain, walk.drawn.active) if errand.distance else ()
+    if errand.distance is None or step not in having:
         return out, out.new_zeros(()), metrics
     distance = errand.distance.of(chain, prediction, x, step, errand.cond)
-    counted = (distance * errand.shares.to(distance)).sum() / len(weights)
+    counted = (distance * errand.shares.to(distance)).sum() / len(having)
     metrics[errand.distance.metric] = distance.detach().mean()
     return out, errand.distance.weight * counted, metrics
 
@@ -111,7 +112,7 @@ def _active(
 def _copies(errand: Errand) -> Iterator[Yielded]:
     chain, walk = errand.chain, errand.walk
     step = len(chain.schedule) - 1
-    weight = chain.weights(walk.drawn).get(step, 1.0)
+    weight = chain.weights(walk.drawn).get(step, chain.share)
     for copy in range(walk.copies.shape[1]):
         x = walk.renoised[:, copy]
         _, weighted = chain.rerun(x, step, errand.cond, weight)
@@ -136,5 +137,6 @@ def _mismatch(out: Tensor, sampled: Tensor, x: Tensor) -> Tensor:
 
 
 def _merged(metrics: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    joined = {name: torch.stack([found[name] for found in metrics]) for name in metrics[0]}
+    names = dict.fromkeys(name for found in metrics for name in found)
+    joined = {n: torch.stack([found[n] for found in metrics if n in found]) for n in names}
     return {n: v.max() if n.endswith("_max") else v.mean() for n, v in joined.items()}

@@ -158,6 +158,39 @@ class GradientPlan:
         """Whether a chain may end before its last step."""
         return self.stop_start < 1
 
+    def reachable(self, steps: int) -> set[int]:
+        """Every step that some draw makes active, of a schedule of `steps`."""
+        return {step for last in self._stops(steps) for step in self._possible(steps, last)}
+
+    def leaves_gaps(self, steps: int) -> bool:
+        """Whether some draw leaves an inactive step behind an active one."""
+        if self.active in ("last", "cut", "all"):
+            return False
+        for last in self._stops(steps):
+            possible = self._possible(steps, last)
+            # Behind the first active step only a choice of all there are leaves none out.
+            chosen = len(possible) if self.active == "chosen" else self.active_steps
+            if chosen < len(possible) or possible != set(range(last + 1 - chosen, last + 1)):
+                return True
+        return False
+
+    def _possible(self, steps: int, last: int) -> set[int]:
+        """The steps that a draw may make active where `last` is the last one run."""
+        run, count = last + 1, self.active_steps
+        if self.active in ("last", "chosen"):
+            return set(range(run - count, run) if self.active == "last" else self.chosen_steps)
+        inside = set(self._inside(steps, run))
+        if self.active == "interval":
+            return inside
+        if self.active == "cut" and self.cut == "uniform":
+            return set(range(min(inside), run))
+        # Starts of spaced steps go from 0 to a stride or more: none is left out.
+        return set(range(run))
+
+    def _inside(self, steps: int, run: int) -> list[int]:
+        """The steps of the window, of those that are run."""
+        return [i for i in window(steps, self.interval_start, self.interval_end) if i < run]
+
     def check(self, steps: int) -> None:
         """Make sure that every draw fits a schedule of `steps`.
 
@@ -178,7 +211,7 @@ class GradientPlan:
                 f"step {self.chosen_steps[-1]} is not one of the {steps} steps (0 to "
                 f"{steps - 1}){ends}",
             )
-        inside = [i for i in window(steps, self.interval_start, self.interval_end) if i < shortest]
+        inside = self._inside(steps, shortest)
         wanted = self.active_steps if self.active == "interval" else 1
         reads = self.active == "interval" or (self.active == "cut" and self.cut == "uniform")
         if reads and len(inside) < wanted:
@@ -208,7 +241,7 @@ class GradientPlan:
             return range(run)
         if self.active == "chosen":
             return self.chosen_steps
-        inside = [i for i in window(steps, self.interval_start, self.interval_end) if i < run]
+        inside = self._inside(steps, run)
         if self.active == "uniform":
             stride = run // count
             # The largest start leaves room for all K: an index never passes the end.

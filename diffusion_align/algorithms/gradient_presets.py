@@ -46,6 +46,9 @@ PRESETS: dict[Preset, GradientPlan] = {
         stop_end=1.0,
         guidance_gradient="conditional",
     ),
-    # Prabhudesai et al. 2024, arXiv 2407.08737: the last step, both branches.
+    # Prabhudesai et al. 2024, arXiv 2407.08737: the last step, both branches, one random frame.
     "vader": GradientPlan(active="last", active_steps=1),
 }
+
+REWARD_FRAMES: dict[Preset, str] = {"vader": "random:1"}
+"""Frames of a clip that an image reward sees, by the words of `FrameReward`; all elsewhere."""

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from diffusion_align.algorithms.chain_checks import check_finite
+from diffusion_align.algorithms.chain_checks import check_finite, vae_broken
 from diffusion_align.algorithms.draft_options import DraftOptions
 from diffusion_align.algorithms.plan import Item
 from diffusion_align.algorithms.reward_gradient import RewardLoss, WithGradient
@@ -111,15 +111,26 @@ class Judge:
         ready, self._waiting = self._waiting[:count], self._waiting[count:]
         x_0 = torch.stack([latent for latent, _ in ready])
         self._pixels |= bool(pixel_gradient.any())
-        gradient = self._policy.decode_gradient(
-            x_0,
-            pixel_gradient.to(x_0.device),
-            chunk=self._options.decode_batch_size,
-            frames=self._frames(x_0),
-        )
+        gradient = self._decode_gradient(x_0, pixel_gradient.to(x_0.device))
         check_finite(gradient, [text for _, text in ready], self._iteration)
         self._latents |= bool(gradient.any())
         self._gradients.append(gradient)
+
+    def _decode_gradient(self, x_0: Tensor, pixel_gradient: Tensor) -> Tensor:
+        frames = self._frames(x_0)
+        try:
+            return self._policy.decode_gradient(
+                x_0, pixel_gradient, chunk=self._options.decode_batch_size, frames=frames
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # It is torch's word for many things; whether this is one of a lost graph can be seen.
+            with torch.enable_grad():
+                pixels = self._policy.decode(x_0[:1].detach().requires_grad_(), frames=frames)
+            if pixels.requires_grad:
+                raise
+            raise vae_broken(self._iteration) from error
 
     def _frames(self, x_0: Tensor) -> list[int] | None:
         """Which latent frames of clips are decoded; None is all of them, and of images."""
@@ -156,4 +167,14 @@ class Judge:
         )
 
     def _new_scorer(self) -> ChunkScorer:
-        return ChunkScorer(self._recorder, self._iteration, timeout=self._options.reward_timeout)
+        info = self._policy.info
+        clips = getattr(info, "modality", "image") == "video"
+        # Latent frames that were picked apart do not follow one another at any rate.
+        paced = clips and FrameChoice.parse(self._options.decode_frames).kind in ("all", "first")
+        return ChunkScorer(
+            self._recorder,
+            self._iteration,
+            timeout=self._options.reward_timeout,
+            fps=getattr(info, "fps", None) if paced else None,
+            keyed=clips,
+        )

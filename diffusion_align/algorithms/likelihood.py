@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,9 @@ from diffusion_align.sampling.options import ResolvedSampling
 class Likelihood:
     """Evaluates transitions with the very step that sampled them (`Schedule.step`).
 
-    reduction: `mean` or `sum` over the latent's dimensions. One transition costs
-    `branches(guidance)` denoiser calls. weights: [S], what the log-probability of each step is
-    multiplied with, so that ratios are those of the weighted ones; None is 1 everywhere.
+    reduction: `mean` or `sum` over the latent's dimensions. One transition costs `branches`
+    denoiser calls. weights: [S], what the log-probability of each step is multiplied with, so that
+    ratios are those of the weighted ones; None is 1 everywhere.
     """
 
     policy: Policy
@@ -128,6 +129,14 @@ class Likelihood:
         return result
 
 
-def branches(guidance: float) -> int:
-    """Denoiser calls per prediction: 2 for a guidance pair."""
-    return 2 if guidance > 1.0 else 1
+def tells_guidance(policy: Any) -> bool:
+    """Whether the network is told the guidance scale, and runs no second branch for it.
+
+    The policy's family says so (`Family.guidance`); one that says nothing has pairs.
+    """
+    return getattr(getattr(policy, "family", None), "guidance", "") == "embedded"
+
+
+def branches(guidance: float, policy: Policy | None = None) -> int:
+    """Denoiser calls per prediction: 2 for a guidance pair, 1 where the network is told it."""
+    return 2 if guidance > 1.0 and not tells_guidance(policy) else 1

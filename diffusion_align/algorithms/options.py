@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from diffusion_align.algorithms.clipping import clip_bounds
 from diffusion_align.errors import OptionError
@@ -125,6 +125,45 @@ class CollectionOptions:
         """How many steps of each sample an inner epoch trains on, of so many that it has."""
         return sampling_steps
 
+    def sampled_calls(self, sampling_steps: int) -> float:
+        """How often the denoiser is asked for a sample while it is made."""
+        return sampling_steps
+
+    def trained_pairs(self, sampling_steps: int) -> int:
+        """(sample, step) pairs that an iteration trains on, each inner epoch's counted."""
+        return self.samples * self.trained_steps(sampling_steps) * self.inner_epochs
+
+    def fewer(
+        self, at_once: int, steps: int, accumulation: int
+    ) -> tuple[CollectionOptions, int, int]:
+        """One update that is as full at its fullest: (options, sampling steps, accumulation).
+
+        Args:
+            at_once: samples that are sampled together.
+            steps, accumulation: those of the run.
+        """
+        trained, group = self.trained_steps(steps), self.timesteps_per_loss
+        # Two losses find gradients in place; so does the second of two accumulated minibatches.
+        wanted = min(2 * group, trained)
+        few = next((n for n in range(1, steps) if self.trained_steps(n) >= wanted), steps)
+        parts = 2 if accumulation > 1 and trained <= group else 1
+        samples = max(min(at_once, self.samples), self.train_batch_size)
+        prompts = fewest_prompts(self, samples)
+        return replace(self, prompts_per_iteration=prompts, inner_epochs=parts), few, parts
+
+    def sizes(self, phase: str, at_once: int) -> dict[str, int]:
+        """Options that say how much a phase has in memory at once, and what they say."""
+        return {"timesteps_per_loss": self.timesteps_per_loss} if phase == "updating" else {}
+
+    def dry(self) -> CollectionOptions:
+        """The same work where pictures have no meaning: no score of theirs changes any of it."""
+        return self
+
+    @property
+    def caveat(self) -> str:
+        """What an estimate made of iteration 0 cannot know of later ones; empty if nothing."""
+        return ""
+
     @property
     def arithmetic(self) -> str:
         """How the number of minibatches comes about, for messages."""
@@ -132,6 +171,25 @@ class CollectionOptions:
             f"{self.samples} samples / {self.train_batch_size} x {self.inner_epochs} inner epochs "
             f"= {self.minibatches} minibatches"
         )
+
+
+class _Samples(Protocol):
+    @property
+    def prompts_per_iteration(self) -> int: ...
+    @property
+    def samples_per_prompt(self) -> int: ...
+    @property
+    def train_batch_size(self) -> int: ...
+
+
+def fewest_prompts(options: _Samples, samples: int) -> int:
+    """With how few prompts an iteration has `samples`, and falls into whole minibatches."""
+    return next(
+        count
+        for count in range(1, options.prompts_per_iteration + 1)
+        if (n := count * options.samples_per_prompt) >= samples
+        and n % options.train_batch_size == 0
+    )
 
 
 def window(steps: int, start: float, end: float) -> range:

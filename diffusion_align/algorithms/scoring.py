@@ -66,12 +66,23 @@ class ChunkScorer:
         overlap: `add` returns at once and the chunk is scored in a thread.
         timeout: seconds that one call of the reward may take; 0 is no limit. A call that takes
             longer is left behind in a thread that does not keep the process from ending.
+        fps: of clips, frames per second; None where unknown.
+        keyed: name every item by a `key` in its metadata (iteration, position, sample), unless its
+            prompt brings one: by it a `FrameReward` draws its frames, others in each iteration.
     """
 
     def __init__(
-        self, reward: Reward, iteration: int, *, overlap: bool = False, timeout: float = 0.0
+        self,
+        reward: Reward,
+        iteration: int,
+        *,
+        overlap: bool = False,
+        timeout: float = 0.0,
+        fps: float | None = None,
+        keyed: bool = False,
     ) -> None:
         self._reward, self._iteration = reward, iteration
+        self._fps, self._keyed = fps, keyed
         self._overlap, self._timeout = overlap, timeout
         self._by_group = reward.info.scope == "group"
         self._held: list[tuple[Tensor, Item]] = []  # of a prompt that is not complete yet
@@ -86,7 +97,7 @@ class ChunkScorer:
             self._task.finished.wait(LINGER)
 
     def add(self, pixels: Tensor, items: Sequence[Item]) -> None:
-        """Score these B items. pixels: float32 [B, 3, H, W] in [0, 1].
+        """Score these B items. pixels: float32 [B, 3, H, W] or [B, F, 3, H, W] in [0, 1].
 
         Raises:
             UserError: this or (with `overlap`) the chunk before it failed or took too long.
@@ -155,9 +166,14 @@ class ChunkScorer:
         info = self._reward.info
         prompts = [item.prompt.text for item in items]
         metadata: list[Any] = [item.prompt.metadata for item in items]
+        if self._keyed:
+            keys = [f"{self._iteration}/{item.position}/{item.sample}" for item in items]
+            metadata = [{"key": k, **(m or {})} for k, m in zip(keys, metadata, strict=True)]
         said = any(metadata)
         try:
-            scores = self._reward.score(pixels, prompts, metadata=metadata if said else None)
+            scores = self._reward.score(
+                pixels, prompts, fps=self._fps, metadata=metadata if said else None
+            )
             checked = check_scores(scores, len(items), info.name)
         except Exception as error:
             raise _named(error, info.name, self._iteration) from error

@@ -27,6 +27,7 @@ from numpy.random import Generator
 from torch import Tensor
 
 from diffusion_align.algorithms.base import Alone, Group
+from diffusion_align.algorithms.likelihood import tells_guidance
 from diffusion_align.algorithms.losses import weighted_denoising_loss
 from diffusion_align.algorithms.reward_deck import Deck
 from diffusion_align.algorithms.supervised_options import SupervisedOptions
@@ -57,6 +58,8 @@ class Supervised:
         schedule: the one that the method samples with.
         seed: of the run.
         height, width: pixels that the pictures are brought to; None is the model's own size.
+        guidance_scale: that the method samples with; None is the model's own. A network that is
+            told its guidance is fitted at this one; any other on its conditional branch alone.
         pictures: what has been read already; None reads `options.pictures`.
 
     Raises:
@@ -72,6 +75,7 @@ class Supervised:
         seed: int = 0,
         height: int | None = None,
         width: int | None = None,
+        guidance_scale: float | None = None,
         pictures: Captioned | None = None,
     ) -> None:
         if policy.info.modality == "video":
@@ -83,6 +87,10 @@ class Supervised:
         self.options = options
         self.pictures = read_captioned(options.pictures) if pictures is None else pictures
         self._policy, self._schedule, self._seed = policy, schedule, seed
+        self._guidance = 1.0
+        if tells_guidance(policy):
+            own_scale = policy.info.guidance_scale
+            self._guidance = own_scale if guidance_scale is None else guidance_scale
         self._timesteps = schedule.timesteps.to(policy.device)
         own = policy.info.height, policy.info.width
         if own[0] is None or own[1] is None:
@@ -143,7 +151,7 @@ class Supervised:
         alpha, sigma = self._schedule.alpha_sigma(steps)
         cond = self._policy.encode(
             [self.pictures.captions[row] for row in rows],
-            guidance_scale=1.0,
+            guidance_scale=self._guidance,
             height=height,
             width=width,
         )
@@ -151,7 +159,7 @@ class Supervised:
             add_noise(x_0, eps, alpha, sigma),
             self._timesteps[steps.to(device)],
             cond,
-            guidance_scale=1.0,
+            guidance_scale=self._guidance,
         )
         wanted = target(x_0, eps, alpha, sigma, self._schedule.prediction)
         return weighted_denoising_loss(prediction, wanted, counted)

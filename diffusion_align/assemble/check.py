@@ -109,7 +109,7 @@ def measure(config: RunConfig, say: Callable[[str], None] = _unsaid) -> Measured
         seconds = _one_update(algorithm, cut.train)
     whole, part = amount(config, policy.info), amount(cut, policy.info)
     factor = {
-        "sampling": whole.samples * whole.steps / (part.samples * part.steps),
+        "sampling": whole.calls / part.calls,
         "scoring": whole.samples / part.samples,
         "replaying": whole.pairs / part.pairs,
         "updating": whole.pairs / part.per_update,

@@ -6,14 +6,15 @@ algorithm's own `collect`, `minibatches` and `losses`, the backward pass and the
 them, and two meters listen: bytes alive (`training/memory.py`) and arithmetic
 (`training/flops.py`). Nothing is fitted: a setting that saves memory saves it here too.
 
-Only what numbers would have to decide is given: a decoder returns black pictures, and a reward
-that is not at hand returns a row of numbers.
+Only what numbers would have to decide is given: a decoder returns noise, and so does its backward
+pass; for a reward that is not at hand something stands in (`dry_reward.py`). Where a method looks
+at a number of its gradients (is it zero? is the replay off?), the answer is `NEXT_TO_NOTHING`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from diffusion_align.config import RunConfig
-    from diffusion_align.policy import Policy
+    from diffusion_align.policy import Conditioning, Policy
     from diffusion_align.training.flops import Flops
     from diffusion_align.training.memory import LiveBytes
-    from reward_models.base import Reward, Scores
+    from reward_models.base import Reward
 
 PHASES = ("sampling", "decoding", "scoring", "updating", "optimiser", "looking")
 
@@ -44,7 +45,9 @@ class DryRun:
         trained: bytes of the trained parameters.
         conditioning: bytes of one item's embeddings; latent: numbers of one item's latent;
             picture: numbers of one picture.
-        latents: how many latents of each item were kept.
+        latents: how many latents of each item were kept, gradients and noise in their shape
+            counted.
+        log_probs: whether log-probabilities of every step were kept beside them.
         losses: how many losses the update had.
     """
 
@@ -58,6 +61,7 @@ class DryRun:
     latent: int
     picture: int
     latents: int
+    log_probs: bool
     losses: int
 
 
@@ -66,19 +70,26 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
 
     Args:
         config: all of an iteration's samples and one update of it are run, so give it few.
-        rewards: by name; they score black pictures. One that is missing costs nothing.
+        rewards: by name; they score noise. For one that is missing something stands in
+            (`dry_reward.py`).
 
     Raises:
         UserError: the model's configs are not at hand, or settings that do not fit together.
     """
     import math
 
+    from torch import nn
+
+    from diffusion_align.assemble.dry_reward import stand_in
     from diffusion_align.assemble.loading import load_policy, set_up
-    from diffusion_align.assemble.named import load_algorithm, training_prompts
+    from diffusion_align.assemble.named import load_algorithm, scored_with, training_prompts
+    from diffusion_align.assemble.one_update import without_meaning
+    from diffusion_align.assemble.weightless import answering, make_fake
     from diffusion_align.policy.devices import device_of
     from diffusion_align.training.flops import Flops
     from diffusion_align.training.memory import LiveBytes
 
+    config = without_meaning(config)
     policy = load_policy(config, weights=False)
     # These act on modules, not on numbers; kernels and layouts change no size.
     acting = replace(
@@ -89,25 +100,34 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
         release_text_encoders=False,
     )
     set_up(policy, acting, _ignore)
-    _make_fake(policy, device_of(config.model.device))
+    modules = [c for c in policy.pipeline.components.values() if isinstance(c, nn.Module)]
+    if policy.reference_copy is not None:
+        modules.append(policy.reference_copy)
+    policy.device = device_of(config.model.device)
+    make_fake(modules, policy.device)
     if config.train.mixed_precision != "no":
         policy.denoiser = _autocasting(policy, config.train.mixed_precision)
     components, trained = _weights(policy)
-    scorer: Any = rewards.get(config.reward) or _RowOfNumbers()
-    algorithm = load_algorithm(config, policy, scorer, training_prompts(config))
+    scorers: dict[str, Any] = {
+        name: rewards.get(name) or stand_in(name, config) for name in scored_with(config)
+    }
+    prompts = training_prompts(config)
+    algorithm = load_algorithm(config, policy, scorers[config.reward], prompts)
     state = algorithm.state_dict()
     if "replays" in state:  # the replay check compares numbers; it needs less than training
         algorithm.load_state_dict({**state, "replays": False})
     with ExitStack() as stack:
         flops, live = stack.enter_context(Flops()), stack.enter_context(LiveBytes("sampling"))
+        if algorithm.needs.chained_losses:
+            stack.enter_context(answering())
         marks = _Marks(live, flops)
         algorithm.listener = marks
-        _decode_black(policy, marks)
+        _decode_noise(policy, marks)
         batch = algorithm.collect(0)
         marks.enter("updating")
         losses = 0
         for minibatch in islice(algorithm.minibatches(batch), config.train.accumulation):
-            for loss, _ in algorithm.losses(minibatch, 1.0):
+            for loss, _ in algorithm.losses(minibatch, 1 / config.train.accumulation):
                 loss.backward()
                 losses += 1
         del minibatch, loss
@@ -118,8 +138,8 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
             parameter.grad = None
         peak = live.peak
         marks.enter("looking")
-        _look(policy, config, rewards)
-        cond = batch.trajectory.cond
+        _look(policy, config, scorers)
+        cond = _conditioning(batch)
         found = DryRun(
             peaks=dict(live.peaks),
             kept=dict(live.kept),
@@ -130,36 +150,11 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
             conditioning=cond.nbytes // len(cond),
             latent=math.prod(cond.latent_shape),
             picture=marks.picture,
-            latents=batch.trajectory.latents.shape[1],
+            latents=_latents(batch, cond),
+            log_probs=not algorithm.needs.chained_losses,
             losses=losses,
         )
     return found
-
-
-def _make_fake(policy: Policy, device: torch.device) -> None:
-    """Replace every weight by a fake one on `device`, in place."""
-    import torch
-    from torch import nn
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    modules = [c for c in policy.pipeline.components.values() if isinstance(c, nn.Module)]
-    if policy.reference_copy is not None:
-        modules.append(policy.reference_copy)
-    made: dict[int, Tensor] = {}  # tied weights stay tied
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in (inner for outer in modules for inner in outer.modules()):
-            for store in (module._parameters, module._buffers):
-                for name, value in store.items():
-                    if value is None:
-                        continue
-                    if id(value) not in made:
-                        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
-                        trains = value.requires_grad
-                        made[id(value)] = (
-                            nn.Parameter(fake, trains) if isinstance(value, nn.Parameter) else fake
-                        )
-                    store[name] = made[id(value)]  # type: ignore[assignment]
-    policy.device = device
 
 
 def _weights(policy: Policy) -> tuple[dict[str, int], int]:
@@ -196,23 +191,57 @@ def _autocasting(policy: Policy, precision: str) -> nn.Module:
     return Autocasting()
 
 
-def _decode_black(policy: Policy, marks: _Marks) -> None:
-    """Decode for its memory, and return pixels that have numbers."""
+def _decode_noise(policy: Policy, marks: _Marks) -> None:
+    """Decode, and decode backwards, for the memory of it; return noise, which has numbers."""
     import torch
 
-    decode = policy.decode
+    decode, decode_gradient = policy.decode, policy.decode_gradient
 
-    def black(x_0: Tensor, **how: Any) -> Tensor:
-        before = marks.live.phase
-        if before != "looking":
-            marks.enter("decoding")
-        shape = decode(x_0, **how).shape
-        marks.picture = shape[1:].numel()
-        pixels = torch.zeros(shape, device=policy.device)
-        marks.enter(before)
-        return pixels
+    def noise(shape: torch.Size) -> Tensor:
+        source = torch.Generator(policy.device).manual_seed(0)
+        return torch.rand(shape, device=policy.device, generator=source)
 
-    setattr(policy, "decode", black)  # noqa: B010 - on this one policy, which is thrown away
+    def decoded(x_0: Tensor, **how: Any) -> Tensor:
+        with marks.within("decoding"):
+            shape = decode(x_0, **how).shape
+            marks.picture = shape[1:].numel()
+            return noise(shape)
+
+    def differentiated(
+        x_0: Tensor, pixel_gradient: Tensor, *, chunk: int | None = None, **how: Any
+    ) -> Tensor:
+        size = chunk or 1
+        with marks.within("decoding"), marks.flops.times(len(x_0) / min(size, len(x_0))):
+            # Chunks go one after another: the first is as full as any.
+            decode_gradient(x_0[:size], pixel_gradient[:size], chunk=chunk, **how)
+            return noise(x_0.shape)
+
+    # On this one policy, which is thrown away.
+    setattr(policy, "decode", decoded)  # noqa: B010
+    setattr(policy, "decode_gradient", differentiated)  # noqa: B010
+
+
+def _conditioning(batch: object) -> Conditioning:
+    """What a batch keeps of its prompts."""
+    from diffusion_align.policy import Conditioning
+    from diffusion_align.training.memory import reachable
+
+    return next(thing for thing in reachable(batch) if isinstance(thing, Conditioning))
+
+
+def _latents(batch: object, cond: Conditioning) -> int:
+    """How many latents, or tensors in their shape, a batch keeps of each of its items."""
+    import math
+
+    from torch import Tensor
+
+    from diffusion_align.training.memory import reachable
+
+    shape, held = tuple(cond.latent_shape), dict[int, int]()
+    for thing in reachable(batch):
+        if isinstance(thing, Tensor) and thing.shape[-len(shape) :] == shape:
+            held[thing.untyped_storage()._cdata] = thing.untyped_storage().nbytes()
+    return round(sum(held.values()) / (4 * len(cond) * math.prod(shape)))
 
 
 def _step(parameters: Sequence[nn.Parameter], config: RunConfig) -> None:
@@ -230,13 +259,19 @@ def _step(parameters: Sequence[nn.Parameter], config: RunConfig) -> None:
 
 def _look(policy: Policy, config: RunConfig, rewards: Mapping[str, Reward]) -> None:
     """Pictures of held-out prompts, scored, as a run makes them on the way and at its end."""
+    from diffusion_align.assemble.dry_reward import RowOfNumbers
     from diffusion_align.assemble.named import heldout_prompts
     from diffusion_align.evaluation.probe import Probe
 
+    # A scorer of images takes no clips as they are.
+    clips = policy.info.modality == "video"
     probe = Probe(
         policy,
         heldout_prompts(config),
-        rewards=rewards or {"": _RowOfNumbers()},
+        rewards={
+            name: RowOfNumbers() if clips and reward.info.modality == "image" else reward
+            for name, reward in rewards.items()
+        },
         options=config.evaluation,
         sampling=config.sampling,
         run_seed=config.seed,
@@ -259,31 +294,17 @@ class _Marks:
         self.live.enter_phase(phase)
         self.flops.phase = phase
 
+    @contextmanager
+    def within(self, phase: str) -> Iterator[None]:
+        """`phase`, and afterwards the one before; a look at pictures is one phase."""
+        before = self.live.phase
+        if before != "looking":
+            self.enter(phase)
+        yield
+        self.enter(before)
+
     def progress(self, phase: str, done: int, total: int) -> None:
         self.enter(phase)
 
     def message(self, text: str) -> None:
         pass
-
-
-class _RowOfNumbers:
-    """A reward that gives its items 0, 1, 2 ... and needs nothing."""
-
-    def __init__(self) -> None:
-        from reward_models.base import RewardInfo
-
-        self.info = RewardInfo("not at hand", "image", False, "0 to the number of items", "", "")
-
-    def score(
-        self,
-        media: Tensor,
-        prompts: Sequence[str],
-        *,
-        fps: float | None = None,
-        metadata: Sequence[Mapping[str, object]] | None = None,
-    ) -> Scores:
-        import torch
-
-        from reward_models.base import Scores
-
-        return Scores(torch.arange(float(len(prompts)), device=media.device))

@@ -2,7 +2,7 @@
 
 The dry run is one update on a few samples (`one_update`). What grows with the samples and steps of
 an iteration (stored latents, log-probabilities, embeddings) is exact arithmetic on shapes, and is
-put in for the whole iteration.
+put in for the whole iteration. Methods say themselves what of them may be cut (`one_update`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from diffusion_align.assemble.dry_reward import stands_for
 from diffusion_align.assemble.dry_run import PHASES, DryRun, dry_run
 from diffusion_align.assemble.named import scored_with
-from diffusion_align.assemble.one_update import (
-    Amount,
-    amount,
-    cut_to_one_update,
-    refuse_estimate,
-)
+from diffusion_align.assemble.one_update import Amount, amount, cut_to_one_update, options_of
 from diffusion_align.assemble.reward_memory import FLOAT, bytes_of_rewards, small_rewards
 
 if TYPE_CHECKING:
@@ -76,7 +72,6 @@ def estimate(config: RunConfig) -> Estimate:
     """
     from diffusion_align.policy.catalogue import resolve
 
-    refuse_estimate(config)
     info = resolve(config.model.id)
     cut = cut_to_one_update(config, info)
     rewards = small_rewards(config)
@@ -86,7 +81,7 @@ def estimate(config: RunConfig) -> Estimate:
     moments, average = _moments(config, dry.trained), _average(config, dry.trained)
     held, beside, unknown = _weights(config, dry, rewards)
     scale = {
-        "sampling": whole.samples * whole.steps / (part.samples * part.steps),
+        "sampling": whole.calls / part.calls,
         "decoding": whole.samples / part.samples,
         "scoring": whole.samples / part.samples,
         "updating": whole.pairs / part.per_update,
@@ -100,7 +95,7 @@ def estimate(config: RunConfig) -> Estimate:
     phases["optimiser"] = max(0, phases["optimiser"] - sum(moments.values()))
     phases["looking"] += sum(average.values()) + _other_pictures(config, cut, dry.picture)
     # Chunks of trajectories are joined: for a moment an iteration's latents are there twice.
-    phases["joining"] = stored["stored latents"] + stored["log-probabilities"]
+    phases["joining"] = sum(size for name, size in stored.items() if name != "embeddings")
     return Estimate(
         held=held | average,
         later=moments,
@@ -110,16 +105,17 @@ def estimate(config: RunConfig) -> Estimate:
         beside=beside,
         step=dry.peak + sum(average.values()),
         flops={name: dry.flops.get(name, 0.0) * factor for name, factor in scale.items()},
-        unknown=unknown,
+        unknown=(*unknown, *filter(None, [options_of(config).caveat])),
     )
 
 
 def _stored(amount: Amount, steps_of_part: int, dry: DryRun) -> dict[str, int]:
     """What an iteration of this amount keeps, by term."""
     latents = amount.steps + 1 if dry.latents == steps_of_part + 1 else dry.latents
+    log_probs = FLOAT * amount.samples * amount.steps
     return {
         "stored latents": FLOAT * amount.samples * latents * dry.latent,
-        "log-probabilities": FLOAT * amount.samples * amount.steps,
+        **({"log-probabilities": log_probs} if dry.log_probs else {}),
         "embeddings": amount.samples * dry.conditioning,
     }
 
@@ -152,7 +148,7 @@ def _weights(
     held["trained parameters"] = dry.trained
     elsewhere = config.reward_device is not None and device_of(config.reward_device) != device
     (beside if elsewhere else held)["rewards"] = bytes_of_rewards(config, rewards)
-    missing = [name for name in scored_with(config) if name not in rewards]
+    missing = [n for n in scored_with(config) if n not in rewards and not stands_for(n)]
     unknown: tuple[str, ...] = ()
     if missing:
         names = ", ".join(missing)

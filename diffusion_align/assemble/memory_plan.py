@@ -136,10 +136,11 @@ def _helps(config: RunConfig, found: Estimate) -> Iterator[list[tuple[str, Any]]
     if found.fullest == "updating":
         if model.gradient_checkpointing is None:
             yield [("model.gradient_checkpointing", True)]
-        if options.timesteps_per_loss > 1:
-            yield [("algorithm.timesteps_per_loss", _smaller(options.timesteps_per_loss))]
+        yield from _sizes(config, "updating")
         if options.train_batch_size > 1:
             yield _split(config, _smaller(options.train_batch_size))
+    if found.fullest in ("decoding", "scoring"):
+        yield from _sizes(config, found.fullest)
     if found.fullest in ("sampling", "decoding", "scoring") and config.sampling.batch_size > 1:
         yield [("sampling.batch_size", _smaller(config.sampling.batch_size))]
     if found.fullest == "looking" and config.evaluation.batch_size > 1:
@@ -156,14 +157,24 @@ def _everything(config: RunConfig) -> Iterator[tuple[str, Any]]:
     if config.reward_device is None and _device(config).type != "cpu":
         yield "reward_device", "cpu"
     options = config.algorithm.options
-    if getattr(options, "timesteps_per_loss", 1) > 1:
-        yield "algorithm.timesteps_per_loss", 1
-    if getattr(options, "train_batch_size", 1) > 1:
+    for phase in ("decoding", "scoring", "updating"):
+        for name, size in options.sizes(phase, config.sampling.batch_size).items():
+            if size > 1:
+                yield f"algorithm.{name}", 1
+    if options.train_batch_size > 1:
         yield from _split(config, 1)
     if config.sampling.batch_size > 1:
         yield "sampling.batch_size", 1
     if config.evaluation.batch_size > 1:
         yield "evaluation.batch_size", 1
+
+
+def _sizes(config: RunConfig, phase: str) -> Iterator[list[tuple[str, Any]]]:
+    """The method's own options that make a phase smaller."""
+    sizes = config.algorithm.options.sizes(phase, config.sampling.batch_size)
+    for name, size in sizes.items():
+        if size > 1:
+            yield [(f"algorithm.{name}", _smaller(size))]
 
 
 def _split(config: RunConfig, size: int) -> list[tuple[str, Any]]:

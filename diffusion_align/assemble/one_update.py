@@ -2,33 +2,57 @@
 
 Memory peaks where a chunk is sampled, decoded or scored and where a group of timesteps is trained
 on. All of these have the same shapes in one update on few samples and few steps as in the run.
+What may be cut is known to the method's own options (`fewer`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
-    from diffusion_align.algorithms.draft_options import DraftOptions
-    from diffusion_align.algorithms.options import CollectionOptions
     from diffusion_align.config import RunConfig
     from diffusion_align.policy.catalogue import ModelInfo
+
+
+class Sampled(Protocol):
+    """What options say of an iteration, of any method that learns from pictures it samples."""
+
+    @property
+    def samples(self) -> int: ...
+
+    @property
+    def train_batch_size(self) -> int: ...
+
+    @property
+    def caveat(self) -> str: ...
+
+    def trained_steps(self, sampling_steps: int) -> int: ...
+
+    def trained_pairs(self, sampling_steps: int) -> int: ...
+
+    def sampled_calls(self, sampling_steps: int) -> float: ...
+
+    def fewer(self, at_once: int, steps: int, accumulation: int) -> tuple[Any, int, int]: ...
+
+    def dry(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class Amount:
     """What one iteration does, and one update of it.
 
-    samples: of the iteration; steps: denoising steps of each; pairs: (sample, step) pairs that are
+    samples: of the iteration; steps: denoising steps of each; calls: of the denoiser, to sample
+    them all; pairs: (sample, step) pairs that are
     trained on, each inner epoch's counted; per_update: those of one update.
     """
 
     samples: int
     steps: int
+    calls: float
     pairs: int
     per_update: int
 
@@ -40,68 +64,27 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
         info: the model's own number of steps, where the config leaves it open.
 
     Raises:
-        UserError: an algorithm that samples no trajectories, or held-out prompts that are missing.
+        UserError: an algorithm that samples nothing, or held-out prompts that are missing.
     """
-    from diffusion_align.algorithms.draft_options import DraftOptions
-
-    options, steps = _options(config), config.sampling.steps or info.steps
-    if isinstance(options, DraftOptions):
-        return _cut_chain(config, options)
-    trained, group = options.trained_steps(steps), options.timesteps_per_loss
-    # Two losses find gradients in place; so does the second of two accumulated minibatches.
-    wanted = min(2 * group, trained)
-    few = next((n for n in range(1, steps) if options.trained_steps(n) >= wanted), steps)
-    parts = 2 if config.train.accumulation > 1 and trained <= group else 1
-    samples = max(min(config.sampling.batch_size, options.samples), options.train_batch_size)
-    prompts = next(
-        count
-        for count in range(1, options.prompts_per_iteration + 1)
-        if (n := count * options.samples_per_prompt) >= samples
-        and n % options.train_batch_size == 0
+    options, given = options_of(config), config.sampling.steps or info.steps
+    fewer, steps, parts = options.fewer(
+        config.sampling.batch_size, given, config.train.accumulation
     )
-    fewer = replace(options, prompts_per_iteration=prompts, inner_epochs=parts)
     return replace(
         config,
-        sampling=replace(config.sampling, steps=few),
+        sampling=replace(config.sampling, steps=steps),
         algorithm=replace(config.algorithm, options=fewer),
         train=replace(config.train, steps=1, accumulation=parts),
         # A look keeps its last latents alone: how many steps led there changes no memory.
-        evaluation=replace(config.evaluation, steps=None, sample_prompts=_looked_at(config)),
+        evaluation=replace(
+            config.evaluation, steps=min(2, given), sample_prompts=_looked_at(config)
+        ),
     )
 
 
-def _cut_chain(config: RunConfig, options: DraftOptions) -> RunConfig:
-    """One update of fewer samples. The steps stay: which of them carry a gradient hangs on them."""
-    wanted = max(min(config.sampling.batch_size, options.samples), options.train_batch_size)
-    prompts = next(
-        count
-        for count in range(1, options.prompts_per_iteration + 1)
-        if (n := count * options.samples_per_prompt) >= wanted and n % options.train_batch_size == 0
-    )
-    fewer = replace(options, prompts_per_iteration=prompts)
-    return replace(
-        config,
-        algorithm=replace(config.algorithm, options=fewer),
-        train=replace(config.train, steps=1, accumulation=fewer.minibatches),
-        evaluation=replace(config.evaluation, sample_prompts=_looked_at(config)),
-    )
-
-
-def refuse_estimate(config: RunConfig) -> None:
-    """Stop where a dry run, which has shapes and no numbers, cannot follow.
-
-    Raises:
-        UserError: the algorithm decides by numbers on the way.
-    """
-    from diffusion_align.algorithms.draft_options import DraftOptions
-
-    if isinstance(config.algorithm.options, DraftOptions):
-        raise UserError(
-            f"what {config.algorithm.name} needs cannot be estimated: whether a gradient arrives "
-            "is decided by numbers, and a dry run has none",
-            where="algorithm.name",
-            fix="measure one update with `diffusion-align check`, and set memory=low or high",
-        )
+def without_meaning(config: RunConfig) -> RunConfig:
+    """`config` for pictures that are none: nothing is left that their scores would decide."""
+    return replace(config, algorithm=replace(config.algorithm, options=options_of(config).dry()))
 
 
 def _looked_at(config: RunConfig) -> int:
@@ -115,26 +98,30 @@ def _looked_at(config: RunConfig) -> int:
 
 def amount(config: RunConfig, info: ModelInfo) -> Amount:
     """What an iteration of `config` does."""
-    options, steps = _options(config), config.sampling.steps or info.steps
+    options, steps = options_of(config), config.sampling.steps or info.steps
     trained = options.trained_steps(steps)
-    epochs = getattr(options, "inner_epochs", 1)
     return Amount(
         samples=options.samples,
         steps=steps,
-        pairs=options.samples * trained * epochs,
+        calls=options.samples * options.sampled_calls(steps),
+        pairs=options.trained_pairs(steps),
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
 
 
-def _options(config: RunConfig) -> CollectionOptions | DraftOptions:
-    from diffusion_align.algorithms.draft_options import DraftOptions
-    from diffusion_align.algorithms.options import CollectionOptions
+def options_of(config: RunConfig) -> Sampled:
+    """The method's own options.
 
-    options = config.algorithm.options
-    if not isinstance(options, CollectionOptions | DraftOptions):
+    Raises:
+        UserError: a method that samples nothing.
+    """
+    from diffusion_align.algorithms import catalogue
+
+    if catalogue.resolve(config.algorithm.name).trains != "policy":
         raise UserError(
             f"what {config.algorithm.name} needs cannot be estimated: it samples no pictures",
             where="algorithm.name",
             fix="watch memory/peak_gb of the first steps instead",
         )
+    options: Sampled = config.algorithm.options
     return options

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from diffusion_align.assemble.named import scored_with
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from diffusion_align.config import RunConfig
     from reward_models.base import Reward
     from reward_models.table import Row
@@ -27,7 +29,7 @@ def small_rewards(config: RunConfig) -> dict[str, Reward]:
     device = str(device_of(config.reward_device or config.model.device))
     found: dict[str, Reward] = {}
     for name in scored_with(config):
-        rows = _rows(name)
+        rows = rows_of(name)
         known = [row for row in rows if row is not None]
         if len(known) == len(rows) and all(
             row.installed and row.megabytes <= _LOADED_AT_ONCE for row in known
@@ -47,7 +49,7 @@ def bytes_of_rewards(config: RunConfig, loaded: Mapping[str, Reward]) -> int:
     towers: set[str] = set()
     files: dict[str, WeightFile] = {}
     for name in scored_with(config):
-        for row in _rows(name):
+        for row in rows_of(name):
             if name in loaded or row is None:
                 continue
             own = (*((row.weights,) if row.weights else ()), *row.extra)
@@ -58,7 +60,7 @@ def bytes_of_rewards(config: RunConfig, loaded: Mapping[str, Reward]) -> int:
     return reachable_bytes(list(loaded.values())) + worked_out
 
 
-def _rows(name: str) -> list[Row | None]:
+def rows_of(name: str) -> list[Row | None]:
     """The catalogue's rows of a reward; None stands for a user's own or a trained one."""
     from reward_models.catalogue import RewardError, components, find
 
@@ -72,14 +74,21 @@ def _rows(name: str) -> list[Row | None]:
 
 
 def _tower(name: str) -> int:
-    """Of a tower, built without memory: its file may be in half precision, or compressed."""
+    """Of a tower, counted on an empty one: its file may be in half precision, or compressed."""
+    from diffusion_align.training.memory import tensor_bytes
+
+    return tensor_bytes(empty_tower(name))
+
+
+def empty_tower(name: str) -> nn.Module:
+    """A CLIP of the catalogue's towers on torch's `meta` device: shapes and no memory."""
     import torch
 
-    from diffusion_align.training.memory import tensor_bytes
     from reward_models.backbones import open_clip_package, tower_config
 
     with torch.device("meta"):
-        return tensor_bytes(open_clip_package().CLIP(**tower_config(name)))
+        model: nn.Module = open_clip_package().CLIP(**tower_config(name))
+    return model
 
 
 def _in_memory(file: WeightFile) -> int:

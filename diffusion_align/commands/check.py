@@ -41,7 +41,6 @@ def check(
     # The profiler speaks of its start and stop, and of blocks that are older than it.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    from diffusion_align.algorithms import catalogue
     from diffusion_align.assemble.check import least_seconds, measure, missing_weights
     from diffusion_align.assemble.estimate import estimate
     from diffusion_align.assemble.memory_plan import settle
@@ -50,13 +49,9 @@ def check(
     plan = settle(chosen)
     for line in plan.lines:
         typer.echo(line)
-    found: Estimate | None = None
-    if catalogue.resolve(plan.config.algorithm.name).needs.chained_losses and not estimate_only:
-        typer.echo("\nNothing is estimated: a dry run has no numbers, and gradients hang on them.")
-    else:
-        found = estimate(plan.config)
-        _print_memory(found, plan.config)
-        _print_least_time(least_seconds(found, plan.config), plan.config)
+    found = estimate(plan.config)
+    _print_memory(found, plan.config)
+    _print_least_time(least_seconds(found, plan.config), plan.config)
     if estimate_only:
         return
     if missing := missing_weights(plan.config):
@@ -105,16 +100,11 @@ def _print_least_time(seconds: Mapping[str, float], config: RunConfig) -> None:
     _print_time({name: value for name, value in seconds.items() if value > 0}, config)
 
 
-def _print_measured(measured: Measured, found: Estimate | None, config: RunConfig) -> None:
+def _print_measured(measured: Measured, found: Estimate, config: RunConfig) -> None:
     typer.echo(
-        f"\nOne real update ({measured.samples} samples of {measured.steps} steps): "
-        f"measured{' beside estimated' if found else ''}"
+        f"\nOne real update ({measured.samples} samples of {measured.steps} steps): measured "
+        "beside estimated"
     )
-    if found is None:
-        _row("the model's weights", _size(measured.level))
-        _row("high-water above them", _size(measured.step))
-        _print_time(measured.iteration, config)
-        return
     weights = sum(
         size
         for name, size in (*found.held.items(), *found.beside.items())

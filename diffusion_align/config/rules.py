@@ -151,18 +151,14 @@ def _differentiable(sections: Mapping[str, Any]) -> Iterator[Finding]:
         return
     if not catalogue.resolve(algorithm.name).needs.differentiable_reward:
         return
-    for name in rewards.components(sections["reward"]):
-        try:
-            row = rewards.find(name)
-        except rewards.RewardError:
-            continue  # a file or class of the user's own: known once it is loaded
-        if not row.info.differentiable:
-            known = [n for n in rewards.names() if rewards.find(n).info.differentiable]
-            yield (
-                "reward",
-                f"{name} has no gradient, and {algorithm.name} back-propagates through the reward",
-                f"those that have one: {', '.join(known)}; or use algorithm.name=ddpo",
-            )
+    if lacking := rewards.without_gradient(sections["reward"]):
+        yield (
+            "reward",
+            f"{' and '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} no gradient, and "
+            f"{algorithm.name} back-propagates through the reward",
+            f"those that have one: {', '.join(rewards.differentiable())}; or use "
+            "algorithm.name=ddpo",
+        )
 
 
 def _scale_sweep(sections: Mapping[str, Any]) -> Iterator[Finding]:

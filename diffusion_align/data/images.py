@@ -29,6 +29,9 @@ FAINT: Colour = (110, 116, 124)
 SMALL_PICTURE = 128  # grids show pictures below this size enlarged, by a whole factor
 
 
+STRIP_FRAMES = 4
+
+
 def to_uint8(pixels: Pixels) -> np.ndarray[Any, Any]:
     """`[..., 3, H, W]` in [0, 1] to `uint8`, rounded to nearest and clamped; `uint8` is kept.
 
@@ -42,8 +45,15 @@ def to_uint8(pixels: Pixels) -> np.ndarray[Any, Any]:
 
 
 def to_image(pixels: Pixels) -> Image.Image:
-    """One picture `[3, H, W]` as a Pillow image. Raises `ValueError` on any other shape."""
+    """One picture `[3, H, W]` as a Pillow image, or a clip `[F, 3, H, W]` as a strip of frames.
+
+    A strip has at most `STRIP_FRAMES` of them, spread over the clip. Raises `ValueError` on any
+    other shape.
+    """
     array = to_uint8(pixels)
+    if array.ndim == 4:
+        shown = np.linspace(0, len(array) - 1, min(len(array), STRIP_FRAMES)).round().astype(int)
+        array = np.concatenate(list(array[shown]), axis=-1)
     if array.ndim != 3 or array.shape[0] != 3:
         raise ValueError(f"expected pixels of shape [3, H, W], got {list(array.shape)}")
     return Image.fromarray(np.ascontiguousarray(array.transpose(1, 2, 0)))

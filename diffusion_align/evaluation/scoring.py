@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from reward_models.base import Reward
 
 
+FRAMES = "uniform:8"
+"""Frames of a clip that an image reward looks at; their mean is the clip's score."""
+
+
 def score_pictures(
     reward: Reward,
     name: str,
@@ -43,6 +47,10 @@ def score_pictures(
     """
     count, seeds = pictures.valid.shape
     flat = pictures.pixels.flatten(0, 1)
+    if flat.ndim == 5 and reward.info.modality == "image":
+        from reward_models.video.reward import FrameReward
+
+        reward = FrameReward(reward, FRAMES)
     texts = [prompt.text for prompt in prompts for _ in range(seeds)]
     metadata = [prompt.metadata for prompt in prompts for _ in range(seeds)]
     told = any(metadata)

@@ -8,6 +8,7 @@
     latents.py       decoding of images                         back, and dL/dpixels to dL/dlatents
     causal.py        causal video VAEs as functions             clips.py     clips chunk by chunk
     loading.py       names, folders, checksums                  adapter.py  LoRA and references
+    lora_methods.py  diffusers' LoRA methods where it has none
     choices.py       what a person may ask of a policy          tuned.py    what a run left behind
     devices.py       the device that a word names
     policy.py        `Policy`, which puts these together

@@ -100,12 +100,14 @@ def capture(
         pipeline: a diffusers pipeline of `family`, bare (not sharded, not offloaded).
         prompts: B texts.
         negative_prompts: B texts, or None for the pipeline's own default (which is not always
-            the empty text: SDXL zeroes the embedding).
+            the empty text: SDXL zeroes the embedding; where it has none, it is).
         guided: whether the pipeline runs classifier-free guidance.
         height, width: pixels.
         frames: length of a clip; None for images.
     """
     denoiser = getattr(pipeline, family.denoiser)
+    if guided and negative_prompts is None and family.needs_negative:
+        negative_prompts = [""] * len(prompts)
     signature = inspect.signature(denoiser.forward)
     calls: list[dict[str, Any]] = []
     latents: list[Tensor] = []

@@ -140,6 +140,18 @@ MODELS: dict[str, ModelInfo] = {
             note="CogVideoX 2B text to video, predicts v",
             frames=49,
         ),
+        ModelInfo(
+            name="easyanimate-v5.1",
+            family="easyanimate5.1",
+            source="alibaba-pai/EasyAnimateV5.1-12b-zh-diffusers",
+            steps=50,
+            guidance_scale=6.0,
+            height=512,
+            width=512,
+            licence="Apache-2.0",
+            note="EasyAnimate V5.1 text to video 12B, flow",
+            frames=49,
+        ),
     )
 }
 

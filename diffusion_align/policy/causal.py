@@ -1,9 +1,9 @@
 """Causal video VAEs as functions: (latent frames, what was before) -> (pixels, what comes after).
 
-The VAEs of Wan and CogVideoX decode a clip in chunks of latent frames. What a chunk needs of those
-before it are the last frames at every temporal convolution. diffusers keeps these inside the
-module; here they are an explicit `Boundary`, so that a chunk can be computed again alone and a
-gradient can leave it through its boundary.
+The VAEs of Wan, CogVideoX and EasyAnimate decode a clip in chunks of latent frames. What a chunk
+needs of those before it are the last frames at every temporal convolution. diffusers keeps these
+inside the module; here they are an explicit `Boundary`, so that a chunk can be computed again alone
+and a gradient can leave it through its boundary.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class CausalRule:
 # --- Wan 2.1 -----------------------------------------------------------------------------------
 
 
-def _wan_spans(frames: int) -> list[tuple[int, int]]:
+def _single_spans(frames: int) -> list[tuple[int, int]]:
+    """Wan and EasyAnimate: every latent frame is a chunk."""
     return [(i, i + 1) for i in range(frames)]
 
 
@@ -111,11 +112,12 @@ def _cogvideox_spans(frames: int) -> list[tuple[int, int]]:
     return list(zip([0, *ends[:-1]], ends))
 
 
-def _cogvideox_normalise(vae: Any, x: Tensor) -> Tensor:
+def _unscaled(vae: Any, x: Tensor) -> Tensor:
+    """Of CogVideoX and EasyAnimate."""
     return x / vae.config.scaling_factor
 
 
-def _cogvideox_denormalise(vae: Any, z: Tensor) -> Tensor:
+def _scaled(vae: Any, z: Tensor) -> Tensor:
     return z * vae.config.scaling_factor
 
 
@@ -149,9 +151,30 @@ def _nested(flat: Mapping[tuple[str, ...], Tensor]) -> dict[str, Any]:
     return root
 
 
+# --- EasyAnimate (Magvit) ----------------------------------------------------------------------
+
+
+def _magvit_step(vae: Any, z: Tensor, before: Boundary | None) -> tuple[Tensor, Boundary]:
+    """One latent frame. Convolutions keep their last frames in themselves, and so are filled and
+    emptied here; an upsampler only asks whether there was a frame before."""
+    hidden = vae.post_quant_conv(z)  # one frame wide
+    cells = [cell for cell in vae.decoder.modules() if hasattr(cell, "prev_features")]
+    convolutions = [cell for cell in cells if hasattr(cell, "temporal_padding")]
+    vae._clear_conv_cache()
+    try:
+        if before is not None:
+            for cell in cells:
+                cell.prev_features = hidden
+            for cell, tensor in zip(convolutions, before.tensors, strict=True):
+                cell.prev_features = tensor
+        pixels = vae.decoder(hidden)
+        return pixels, Boundary(tuple(cell.prev_features for cell in convolutions))
+    finally:
+        vae._clear_conv_cache()
+
+
 CAUSAL: dict[str, CausalRule] = {
-    "wan": CausalRule(_wan_spans, _wan_normalise, _wan_denormalise, _wan_step),
-    "cogvideox": CausalRule(
-        _cogvideox_spans, _cogvideox_normalise, _cogvideox_denormalise, _cogvideox_step
-    ),
+    "wan": CausalRule(_single_spans, _wan_normalise, _wan_denormalise, _wan_step),
+    "cogvideox": CausalRule(_cogvideox_spans, _unscaled, _scaled, _cogvideox_step),
+    "magvit": CausalRule(_single_spans, _unscaled, _scaled, _magvit_step),
 }

@@ -51,7 +51,7 @@ class Family:
             negative + scale * (positive - negative); "two": the same by two forwards, positive
             first; "embedded": one forward that is told the scale, no negative branch.
         decode: "scaled": pixels = VAE(z * std / scaling_factor + mean), std and mean optional;
-            "wan" and "cogvideox": the causal VAEs of that name.
+            "wan", "cogvideox" and "magvit": the causal VAEs of that name.
         size_multiple: height and width must be multiples of this many pixels.
         lora_targets: layers adapted unless the user names others.
         unused_components: optional components that are not loaded (they are not the model).
@@ -62,6 +62,8 @@ class Family:
             Latents are stored unpacked: a row of tokens has forgotten its height and width.
         sigmas: "linear" where the pipeline sets 1, 1 - 1/S, ... itself.
         max_shift: of dynamic shifting, where the scheduler's config does not say.
+        mu: of dynamic shifting, where the pipeline sets one for all sizes; None follows the size.
+        needs_negative: the pipeline has no negative prompt of its own; the empty text stands in.
         size_names: the denoiser's config keys of height and width in latent pixels; () for none.
         size: height and width where the config has none.
         reader: (tokenizer, tokens) of the text encoder that reads furthest; () for every
@@ -78,7 +80,7 @@ class Family:
     timestep_factor: float
     schedule: Literal["ddim", "flow"]
     guidance: Literal["cat", "two", "embedded"]
-    decode: Literal["scaled", "wan", "cogvideox"]
+    decode: Literal["scaled", "wan", "cogvideox", "magvit"]
     size_multiple: int
     lora_targets: tuple[str, ...]
     unused_components: tuple[str, ...]
@@ -89,6 +91,8 @@ class Family:
     packing: Literal["none", "2x2"] = "none"
     sigmas: Literal["scheduler", "linear"] = "scheduler"
     max_shift: float = 1.15
+    mu: float | None = None
+    needs_negative: bool = False
     size_names: tuple[str, ...] = ("sample_size", "sample_size")
     size: tuple[int, int] | None = None
     reader: tuple[str, int] | tuple[()] = ()
@@ -221,6 +225,33 @@ FAMILIES: tuple[Family, ...] = (
         reader=("tokenizer", 226),
         refused=("patch_size_t",),  # CogVideoX 1.5, which pads latent frames
         frames=Frames(axis=1, ratio=4, multiple=8, default=49, config_name="sample_frames"),
+    ),
+    Family(
+        name="easyanimate5.1",
+        pipelines=("EasyAnimatePipeline",),
+        denoiser="transformer",
+        latent_argument="hidden_states",
+        timestep_argument="timestep",
+        timestep_factor=1.0,
+        schedule="flow",
+        guidance="cat",
+        decode="magvit",
+        size_multiple=16,
+        # Without to_add_out: what it gives in the last block is thrown away, so that a LoRA there
+        # has no gradient, which DDP takes for an error.
+        lora_targets=(*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj"),
+        unused_components=(),
+        steps=50,
+        guidance_scale=6.0,
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        mu=1.0,
+        needs_negative=True,
+        size_names=(),
+        size=(512, 512),
+        # 256 less what Qwen2-VL's chat template puts before a prompt; what is behind is cut first.
+        reader=("tokenizer", 242),
+        refused=("text_embed_dim_t5",),  # EasyAnimate 5, which reads two text encoders
+        frames=Frames(axis=2, ratio=4, multiple=4, default=49),
     ),
 )
 

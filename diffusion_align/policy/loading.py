@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from diffusion_align.errors import UserError, did_you_mean
 from diffusion_align.policy.catalogue import ModelInfo
 from diffusion_align.policy.families import Family, family_of
+from diffusion_align.policy.lora_methods import complete_lora_methods
 
 SUMS = "SHA256SUMS.json"
 """Beside embedded weights: {"path relative to the folder": "sha256 in hex"}."""
@@ -141,6 +142,7 @@ def load_pipeline(
             fix="check the name, the files and, for a hub id, the network",
         ) from error
     refuse_variants(family, getattr(pipeline, family.denoiser).config, info.name)
+    complete_lora_methods(pipeline, family)
     pipeline.set_progress_bar_config(disable=True)
     for component in pipeline.components.values():
         if isinstance(component, torch.nn.Module):

@@ -22,6 +22,7 @@ from diffusion_align.errors import UserError
 from diffusion_align.policy.catalogue import ModelInfo
 from diffusion_align.policy.families import Family, family_of
 from diffusion_align.policy.loading import refuse_variants
+from diffusion_align.policy.lora_methods import complete_lora_methods
 
 _CONFIGS = ("*.json", "*.txt", "*.model")
 """What a pipeline consists of besides its weights: configs and tokenizers, a few megabytes."""
@@ -64,6 +65,7 @@ def outline_pipeline(
             fix="copy or download the model again",
         ) from error
     refuse_variants(family, getattr(pipeline, family.denoiser).config, info.name)
+    complete_lora_methods(pipeline, family)
     pipeline.set_progress_bar_config(disable=True)
     narrow = torch.float32 if dtype == torch.float16 else dtype  # as load_pipeline: VAEs overflow
     dtypes = {family.denoiser: denoiser_dtype, "vae": narrow}

@@ -53,7 +53,9 @@ def schedule_of(pipeline: Any, family: Family, steps: int, height: int, width: i
         return ddim_schedule(config, steps)
     mu = None
     if config.get("use_dynamic_shifting", False):
-        mu = _mu(config, _tokens(pipeline, height, width), family.max_shift)
+        mu = family.mu
+        if mu is None:
+            mu = _mu(config, _tokens(pipeline, height, width), family.max_shift)
     # The last of S even times is 1/S, not 0: what the pipelines of FLUX hand to their scheduler.
     sigmas = [1 - i / steps for i in range(steps)] if family.sigmas == "linear" else None
     return flow_schedule(config, steps, mu=mu, sigmas=sigmas)

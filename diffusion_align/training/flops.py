@@ -7,6 +7,8 @@ device makes of it is measured with one large matrix product: no network gets mo
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -27,12 +29,20 @@ class Flops(TorchDispatchMode):
         super().__init__()
         self.phase = "run"
         self.by_phase: dict[str, float] = {}
+        self._factor = 1.0
+
+    @contextmanager
+    def times(self, factor: float) -> Iterator[None]:
+        """Inside, everything counts so many times: a part stands for the whole."""
+        before, self._factor = self._factor, self._factor * factor
+        yield
+        self._factor = before
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
-            count = formula(*args, **(kwargs or {}), out_val=result)
+            count = self._factor * formula(*args, **(kwargs or {}), out_val=result)
             self.by_phase[self.phase] = self.by_phase.get(self.phase, 0.0) + count
         return result
 

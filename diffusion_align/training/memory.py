@@ -132,7 +132,12 @@ def tensor_bytes(module: nn.Module) -> int:
 
 def reachable_bytes(things: object) -> int:
     """Bytes of every storage reachable through attributes and containers, shared ones once."""
-    storages: dict[int, int] = {}
+    storages = [thing.untyped_storage() for thing in reachable(things) if isinstance(thing, Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def reachable(things: object) -> Iterator[object]:
+    """Every object reachable through attributes and containers, itself included, each once."""
     seen: set[int] = set()
     waiting = [things]
     while waiting:
@@ -140,16 +145,15 @@ def reachable_bytes(things: object) -> int:
         if id(thing) in seen or isinstance(thing, type | ModuleType | FunctionType):
             continue
         seen.add(id(thing))
+        yield thing
         if isinstance(thing, Tensor):
-            storage = thing.untyped_storage()
-            storages[storage._cdata] = storage.nbytes()
-        elif isinstance(thing, Mapping):
+            continue
+        if isinstance(thing, Mapping):
             waiting += thing.values()
         elif isinstance(thing, list | tuple | set | frozenset):
             waiting += thing
         else:
             waiting.append(getattr(thing, "__dict__", {}))
-    return sum(storages.values())
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,6 +7,7 @@ shares with the code under test nothing but the noise and the table of noise lev
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,10 +70,13 @@ class Texts:
 
 
 class GuidedPolicy:
-    """What `Draft` needs of a policy."""
+    """What `Draft` needs of a policy. `embedded`: its network is told the guidance scale."""
 
-    def __init__(self, family: str = "ddim", dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, family: str = "ddim", dtype: torch.dtype = torch.float64, *, embedded: bool = False
+    ) -> None:
         self.family_name, self.dtype = family, dtype
+        self.family = SimpleNamespace(guidance="embedded" if embedded else "two")
         self.denoiser: nn.Module = Network(dtype)
         self.start = Network(dtype).requires_grad_(False)
         with torch.no_grad():
@@ -109,6 +113,8 @@ class GuidedPolicy:
     ) -> Tensor:
         self.passes += 1
         moments = timestep.expand(len(cond))
+        if self.family.guidance == "embedded":
+            return self.denoiser(x_t, moments, cond.told(1) + 0.1 * guidance_scale)
         positive = self.denoiser(x_t, moments, cond.told(1))
         if guidance_scale <= 1:
             return positive
@@ -146,6 +152,42 @@ class GuidedPolicy:
             yield
         finally:
             self.denoiser = trained
+
+
+class Threads:
+    """Ranks as threads of one process; `gather` meets at a barrier."""
+
+    lockstep = False
+
+    def __init__(self, rank: int, table: dict[int, Tensor], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, barrier.parties
+        self._table, self._barrier = table, barrier
+
+    def gather(self, values: Tensor) -> Tensor:
+        self._table[self.rank] = values
+        self._barrier.wait(30)
+        joined = torch.cat([self._table[rank] for rank in range(self.size)])
+        self._barrier.wait(30)
+        return joined
+
+
+def on_ranks(work: Callable[[Threads], Any], size: int = 2) -> list[Any]:
+    """What `work(group)` returns on each rank, or the exception it raised there."""
+    table: dict[int, Tensor] = {}
+    barrier, found = threading.Barrier(size), dict[int, Any]()
+
+    def run(rank: int) -> None:
+        try:
+            found[rank] = work(Threads(rank, table, barrier))
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return [found[rank] for rank in range(size)]
 
 
 def score_of(pixels: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from diffusion_align.algorithms.draft import Draft
 from diffusion_align.algorithms.draft_options import DraftOptions
-from diffusion_align.algorithms.reward_gradient import stated_range
 from diffusion_align.errors import UserError
 from diffusion_align.policy.adapter import TrainingDropout
 from diffusion_align.reporting.console import Quiet
@@ -23,7 +21,6 @@ from diffusion_align.sampling.options import SamplingOptions
 from diffusion_align.training.guards.alarm import GuardStop
 from diffusion_align.training.loop import train
 from diffusion_align.training.options import TrainOptions
-from reward_models.base import RewardInfo, Scores
 
 PROMPTS = ["a", "bb", "cccc", "ddddddd"]
 
@@ -225,61 +222,96 @@ def test_a_kl_where_no_step_has_noise_is_refused(world: ModuleType) -> None:
     assert "kl_kind=prediction" in refused(build).fix
 
 
-class Broken:
-    """A reward with one fault."""
+def test_what_is_refused_does_not_hang_on_a_draw(
+    world: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans that leave gaps, or reach a step with noise, in some of their draws only."""
 
-    def __init__(self, fault: str) -> None:
-        self.info = RewardInfo("broken", "image", True, "0 to 1", "-", "-")
-        self._fault = fault
-
-    def score(
-        self, media: Tensor, prompts: Any, *, fps: Any = None, metadata: Any = None
-    ) -> Scores:
-        mean = media.flatten(1).mean(1)
-        return Scores(
-            {
-                "detached": mean.detach(),
-                "elsewhere": torch.ones(len(media), requires_grad=True) * 1.0,
-                "rounds": media.mul(255).round().flatten(1).mean(1) / 255,
-                "root": (media - media.detach()).flatten(1).norm(dim=1).sqrt() + mean,
-                "far": mean + 3.0,
-                "all NaN": mean * math.nan,
-            }[self._fault]
+    def build(seed: int, **options: Any) -> Draft:
+        return Draft(
+            world.GuidedPolicy(),
+            world.Smooth(),
+            PROMPTS,
+            options=DraftOptions(preset="draft", **options),
+            sampling=SamplingOptions(steps=6),
+            seed=seed,
         )
 
-
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("detached", "do not depend on the pixels differentiably"),
-        ("elsewhere", "no gradient of its scores reaches the pixels"),
-        ("rounds", "the chain breaks at the reward"),
-        ("root", "is not finite"),
-        ("far", "outside its range 0 to 1"),
-        ("all NaN", "gave no score to any"),
-    ],
-)
-def test_a_broken_reward_is_named(world: ModuleType, fault: str, said: str) -> None:
-    error = refused(lambda: make(world, reward=Broken(fault)).collect(0))
-    assert said in error.what and "reward broken" in error.where and error.fix
+    monkeypatch.setitem(world.DDIM, "set_alpha_to_one", True)  # the last step takes no noise
+    for seed in range(12):
+        build(seed, active="uniform", active_steps=1, kl_weight=1.0)
+        error = refused(lambda s=seed: build(s, active="last", active_steps=1, kl_weight=1.0))
+        assert error.where == "algorithm.kl_kind"
+    monkeypatch.setitem(world.DDIM, "clip_sample", True)
+    window: Any = {"active": "interval", "interval_start": 0.5}
+    for seed in range(12):
+        error = refused(lambda s=seed: build(s, active_steps=2, **window))
+        assert error.where == "algorithm.active" and "clips" in error.what
+        build(seed, active_steps=3, **window)
 
 
-def test_scores_out_of_range_may_be_let_through(world: ModuleType) -> None:
-    said: list[str] = []
-    draft = make(world, reward=Broken("far"), range_check="warn")
-    draft.listener = type(
-        "L", (), {"progress": lambda *_: None, "message": lambda _, t: said.append(t)}
-    )()
-    draft.collect(0), draft.collect(1)
-    assert len([text for text in said if "outside its range" in text]) == 1
+class Pulling:
+    """A supervised step of one loss, every second iteration."""
+
+    calls = 7
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+
+    def due(self, iteration: int) -> bool:
+        return iteration % 2 == 0
+
+    def losses(self, iteration: int, scale: float, group: Any) -> Any:
+        yield self._parameter.sum() * 0.5, {"supervised/loss": torch.tensor(0.5)}
+
+    def loss_count(self, group: Any) -> int:
+        return 1
 
 
-def test_only_a_range_that_is_stated_binds() -> None:
-    assert stated_range("0 to 1 (share of the caption's claims that hold)") == (0.0, 1.0)
-    assert stated_range("1 to 10 (ratings of small-world pictures)") == (1.0, 10.0)
-    assert stated_range("-300 to -20 at 512 x 512 (minus kilobytes)") is None
-    assert stated_range("about 4 to 7 (photographs)") is None
-    assert stated_range("0 and up; diagonals per second") is None
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_supervised_step_is_taken_where_no_sample_teaches(world: ModuleType, ranks: int) -> None:
+    def work(group: Any) -> tuple[int, Tensor | None, float, int]:
+        draft = make(world, loss="relu", loss_target=-1.0)
+        bias = draft.policy.trainable_parameters()[-1]
+        draft.supervised, draft.group = Pulling(bias), group  # type: ignore[assignment]
+        batch = draft.collect(0)
+        assert batch.metrics["weight/positive"] == 0
+        (minibatch,) = draft.minibatches(batch)
+        losses = 0
+        for loss, _ in draft.losses(minibatch, 1.0):
+            loss.backward()
+            losses += 1
+        assert losses == draft.loss_count(minibatch)
+        return (
+            losses,
+            bias.grad,
+            batch.metrics["cost/calls"],
+            len(list(draft.minibatches(draft.collect(1)))),
+        )
+
+    for losses, found, calls, later in world.on_ranks(work, ranks):
+        assert losses == 1 and bool((found == 0.5).all())
+        assert calls == 4 * 6 * 2 + 7  # sampled in pairs; nothing is walked back
+        assert later == 0
+
+
+def test_a_copy_without_a_score_counts_in_no_mean(world: ModuleType) -> None:
+    """The loss of an item is the mean over those of its 1 + n pictures that have a score."""
+    options: dict[str, Any] = {"preset": "draft-lv", "decode_batch_size": 4}
+    whole = make(world, **options).collect(0).judged
+    marks = whole.walk.copies[2].flatten(1).mean(1)
+    policy = world.GuidedPolicy("ddim", torch.float32)
+    pixel = float(policy.decode(whole.walk.copies[2])[1].mean())
+    assert len(marks) == 2
+    failing = world.Smooth(failing=lambda media: (media.flatten(1).mean(1) - pixel).abs() < 1e-6)
+    found = make(world, reward=failing, **options).collect(0).judged
+    assert found.copy_scores.isnan().nonzero().tolist() == [[1, 2]]
+    others = [0, 1, 3]
+    assert torch.equal(found.gradient[others], whole.gradient[others])
+    assert torch.equal(found.copy_gradients[others], whole.copy_gradients[others])
+    torch.testing.assert_close(found.gradient[2], whole.gradient[2] * 1.5)
+    torch.testing.assert_close(found.copy_gradients[2, 0], whole.copy_gradients[2, 0] * 1.5)
+    assert not found.copy_gradients[2, 1].any()
 
 
 def test_the_vae_is_named_where_it_loses_or_breaks_the_gradient(world: ModuleType) -> None:
@@ -326,23 +358,6 @@ def test_a_chain_that_is_not_the_sampled_one_is_refused(world: ModuleType) -> No
 # --- several processes ---------------------------------------------------------------------------
 
 
-class Threads:
-    """Two ranks as threads of one process; `gather` meets at a barrier."""
-
-    lockstep = False
-    size = 2
-
-    def __init__(self, rank: int, table: dict[int, Tensor], barrier: threading.Barrier) -> None:
-        self.rank, self._table, self._barrier = rank, table, barrier
-
-    def gather(self, values: Tensor) -> Tensor:
-        self._table[self.rank] = values
-        self._barrier.wait(30)
-        joined = torch.cat([self._table[0], self._table[1]])
-        self._barrier.wait(30)
-        return joined
-
-
 @pytest.mark.parametrize("scope", ["item", "group"])
 @pytest.mark.parametrize("samples", [2, 3])
 def test_two_ranks_have_the_gradient_of_one(world: ModuleType, scope: str, samples: int) -> None:
@@ -353,22 +368,13 @@ def test_two_ranks_have_the_gradient_of_one(world: ModuleType, scope: str, sampl
         "train_batch_size": samples,
     }
     alone = gradient(make(world, reward=world.Smooth(scope=scope), **options))
-    table: dict[int, Tensor] = {}
-    barrier = threading.Barrier(2)
-    found: dict[int, Tensor] = {}
-    metrics: dict[int, Any] = {}
 
-    def work(rank: int) -> None:
+    def work(group: Any) -> tuple[Tensor, Any]:
         draft = make(world, reward=world.Smooth(scope=scope), **options)
-        draft.group = Threads(rank, table, barrier)  # type: ignore[assignment]
-        found[rank] = gradient(draft)
-        metrics[rank] = draft.collect(1).metrics
+        draft.group = group
+        return gradient(draft), draft.collect(1).metrics
 
-    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert metrics[0] == metrics[1]
+    (one, told), (other, said) = world.on_ranks(work)
+    assert told == said
     # DDP averages over the ranks.
-    torch.testing.assert_close((found[0] + found[1]) / 2, alone, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close((one + other) / 2, alone, rtol=1e-4, atol=1e-8)

@@ -15,6 +15,7 @@ from diffusion_align.algorithms.draft_options import DraftOptions
 from diffusion_align.algorithms.gradient_presets import PRESETS
 from diffusion_align.sampling.options import SamplingOptions
 from diffusion_align.sampling.seeds import normal
+from diffusion_align.training.means import Means
 
 PROMPTS = ["a", "bb", "cccc"]
 STEPS = 6
@@ -138,6 +139,12 @@ def test_replay_is_plain_autograd_in_float32(
         {"active": "chosen", "chosen_steps": (1, 2, 4), "step_weights": (0.5, 2.0, 0.0)},
         {"active": "chosen", "chosen_steps": (0, 3), "preset": "draft", "coupling": 0.5},
         {"preset": "draft-lv", "norm_compensation": True, "step_weights": (0.7,)},
+        {
+            "preset": "draft-lv",
+            "active": "chosen",
+            "chosen_steps": (2, 4),
+            "norm_compensation": True,
+        },
         {"preset": "alignprop", "cut": "uniform", "interval_start": 0.2, "interval_end": 0.9},
         {"preset": "drtune", "guidance_gradient": "both", "coupling": 1.0},
     ],
@@ -176,12 +183,44 @@ def test_the_rescale_is_the_share_of_the_flow_that_carries_no_gradient(world: Mo
     assert distance(rescaled, factor * gradient(bare)) < 1e-8
 
 
+@pytest.mark.parametrize(
+    ("sampler", "options"),
+    [
+        (("ddim", {"eta": 1.0}), {"active_steps": 2}),
+        (("ddim", {"eta": 0.4}), {"active_steps": 3, "coupling": 0.0}),
+        (("flow", {"flow_kind": "sde"}), {"active_steps": 2}),
+    ],
+    ids=str,
+)
+def test_the_rescale_is_its_formula_where_steps_take_noise(
+    world: ModuleType, sampler: tuple[str, dict[str, Any]], options: dict[str, Any]
+) -> None:
+    """|d x_next / d prediction| of the textbook steps, by central differences."""
+    bare = make(world, sampler, preset="draft-k", **options)
+    oracle = oracle_of(world, bare)
+    assert any(bare._chain.stochastic())
+    zero, h = torch.zeros((), dtype=torch.float64), 0.5
+    reach = [
+        abs(float(oracle.step(zero, zero + h, i)[1] - oracle.step(zero, zero - h, i)[1])) / (2 * h)
+        for i in range(STEPS)
+    ]
+    factor = 1 + 0.3 * (sum(reach) / sum(reach[-options["active_steps"] :]) - 1)
+    assert factor > 1.1
+    rescaled = make(world, sampler, preset="draft-k", gradient_rescale=0.3, **options)
+    assert distance(gradient(rescaled), factor * gradient(bare)) < 1e-8
+
+
+@pytest.mark.parametrize("lands", [False, True], ids=["noise", "last step without"])
 @pytest.mark.parametrize("kind", ["kl", "prediction"])
 @pytest.mark.parametrize("engine", ["replay", "autograd"])
 def test_the_distance_to_the_reference_has_its_gradient(
-    world: ModuleType, kind: str, engine: str
+    world: ModuleType, monkeypatch: pytest.MonkeyPatch, kind: str, engine: str, lands: bool
 ) -> None:
-    """The reference is a constant at the latents visited; the reward's own share is negligible."""
+    """The reference is a constant at the latents visited; the reward's own share is negligible.
+
+    A mean is over the active steps that have such a distance.
+    """
+    monkeypatch.setitem(world.DDIM, "set_alpha_to_one", lands)
     options: dict[str, Any] = {"preset": "draft-k", "active_steps": 2, "loss_scale": 1e-9}
     draft = make(world, kl_weight=2.0, kl_kind=kind, engine=engine, guidance=1.0, **options)
     found = gradient(draft)
@@ -208,10 +247,19 @@ def test_the_distance_to_the_reference_has_its_gradient(
         base = policy.start(x.detach(), moments, cond.told(1)).detach()
         _, mean, std = oracle.step(x, ours, step)
         _, other, _ = oracle.step(x, base, step)
-        difference = ours - base if kind == "prediction" else (mean - other) / std
-        part = difference.square().flatten(1).mean(1)
-        total = total + (part if kind == "prediction" else part / 2)
-        x = mean + std * next(noises)
-    loss = 2.0 * (total / len(drawn.active)).mean()
+        if kind == "prediction":
+            total = total + (ours - base).square().flatten(1).mean(1)
+        elif std > 0:
+            total = total + ((mean - other) / std).square().flatten(1).mean(1) / 2
+        x = mean + std * next(noises) if std > 0 else mean
+    counted = 1 if lands and kind == "kl" else 2
+    loss = 2.0 * (total / counted).mean()
     wanted = torch.autograd.grad(loss, policy.trainable_parameters())
     assert distance(found, torch.cat([g.flatten() for g in wanted])) < 1e-6
+    told = Means()
+    for minibatch in draft.minibatches(draft.collect(0)):
+        for step_loss, metrics in draft.losses(minibatch, 1.0):
+            step_loss.backward()
+            told.add(metrics)
+    name = "policy/kl_reference" if kind == "kl" else "policy/prediction_distance"
+    assert told.take()[name] == pytest.approx(float(loss.detach()) / 2.0, rel=1e-5)

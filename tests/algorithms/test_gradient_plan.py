@@ -89,6 +89,49 @@ def test_drtune_is_three_spaced_steps_before_an_early_stop() -> None:
     assert PRESETS["drtune"].coupling == 0
 
 
+SHAPES = st.builds(
+    lambda active, count, window, cut, chosen, stops: GradientPlan(
+        reward_input="estimate",
+        active=active,
+        active_steps=count,
+        chosen_steps=tuple(sorted(chosen)) if active == "chosen" else (),
+        interval_start=window[0],
+        interval_end=window[1],
+        cut=cut,
+        stop_start=stops[0],
+        stop_end=stops[1],
+    ),
+    active=st.sampled_from(["last", "uniform", "interval", "cut", "all", "chosen"]),
+    count=st.integers(1, 4),
+    window=st.sampled_from([(0.0, 1.0), (0.4, 1.0), (0.3, 0.8)]),
+    cut=st.sampled_from(["normal", "uniform"]),
+    chosen=st.sets(st.integers(0, 4), min_size=1),
+    stops=st.sampled_from([(1.0, 1.0), (0.5, 1.0), (0.6, 0.8)]),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(plan=SHAPES, steps=st.integers(1, 6))
+def test_what_any_draw_may_be_is_known_beforehand(plan: GradientPlan, steps: int) -> None:
+    try:
+        plan.check(steps)
+    except OptionError:
+        return
+    seen = draws(plan, steps, 200)
+    gaps = any(len(drawn.active) < drawn.last + 1 - drawn.first for drawn in seen)
+    assert plan.leaves_gaps(steps) == gaps
+    union = {step for drawn in seen for step in drawn.active}
+    # A normal cut reaches every step, some of them once in a lifetime.
+    rare = plan.active == "cut" and plan.cut == "normal"
+    assert union <= plan.reachable(steps) if rare else union == plan.reachable(steps)
+
+
+def test_vader_shows_an_image_reward_one_random_frame() -> None:
+    assert DraftOptions(preset="vader").frames_scored == "random:1"
+    assert DraftOptions(preset="vader", reward_frames="uniform:4").frames_scored == "uniform:4"
+    assert {DraftOptions(preset=p).frames_scored for p in PRESETS if p != "vader"} == {"all"}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_what_its_options_say(name: Any) -> None:
     assert DraftOptions(preset=name).plan == PRESETS[name]

@@ -236,6 +236,37 @@ def test_other_pictures_are_refused_on_resume(toy: ModuleType) -> None:
         other.load_state_dict(supervised.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("guidance", "given", "told"),
+    [("embedded", 3.5, 3.5), ("embedded", None, 2.5), ("cat", 3.5, 1.0), ("two", None, 1.0)],
+)
+def test_a_network_that_is_told_its_guidance_is_fitted_at_the_one_it_samples_with(
+    toy: ModuleType, guidance: str, given: float | None, told: float
+) -> None:
+    policy = toy.ToyPolicy()
+    policy.family = SimpleNamespace(guidance=guidance)
+    policy.info.modality, policy.info.guidance_scale = "image", 2.5
+    asked: list[float] = []
+    predict = policy.predict
+
+    def watching(x_t: Tensor, timestep: Tensor, cond: Any, *, guidance_scale: float) -> Tensor:
+        asked.append(guidance_scale)
+        return predict(x_t, timestep, cond, guidance_scale=1.0)
+
+    policy.predict = watching
+    policy.encode_pixels = lambda pixels: pixels.mean(1, keepdim=True)
+    pictures: Any = Flat(4)
+    supervised = Supervised(
+        policy,
+        SupervisedOptions(pictures="-", batch_size=2),
+        schedule=policy.schedule(STEPS),
+        guidance_scale=given,
+        pictures=pictures,
+    )
+    list(supervised.losses(0, 1.0))
+    assert asked == [told]
+
+
 def test_its_cost_and_its_line(toy: ModuleType) -> None:
     policy, supervised = made(toy, batch_size=4, every=5, weight=0.5)
     list(supervised.losses(0, 1.0))

@@ -4,6 +4,7 @@
         --configs ddpo_tiny_published ddpo_tiny_fast rwr_tiny --seeds 0 1 2
     python tests/benchmarks/bench_learning.py --out /tmp/learning --show
     ... --set reward=compressibility --set evaluation.rewards=[taste]     (the same for all configs)
+    ... --configs draft_tiny "draft_tiny algorithm.preset=refl"     (settings of one of them)
 
 Runs follow one another; each leaves one line in OUT/learning.jsonl and is skipped when it is
 there. A run that was cut short goes on from its last checkpoint. A call is one denoiser forward of
@@ -26,8 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from judged import Judged, judge, standing
+from judged import Judged, judge, split, standing
 from judged import known as known_judged
+from plotted import plot
 
 UNTOUCHED = "untouched"
 
@@ -66,9 +68,9 @@ def measure(name: str, seed: int, overrides: Sequence[str], out: Path) -> Run:
     from diffusion_align.training.run_folder import RunFolder
 
     folder = _folder(name, seed, overrides, out)
-    config = load_config(
-        name, [*overrides, f"seed={seed}", f"output={folder}", "evaluation.report=false"]
-    )
+    fixed = [f"seed={seed}", f"output={folder}", "evaluation.report=false"]
+    source, own = split(name)
+    config = load_config(source, [*own, *overrides, *fixed])
     train_run(config, resume=RunFolder(folder).holds_a_run())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open(encoding="utf-8")]
     return read(rows, name, seed, list(overrides), config.reward)
@@ -130,7 +132,8 @@ def curves(runs: Sequence[Run], configs: Sequence[str], last: int, points: int =
     """Training reward (running mean of `last` iterations) at equal numbers of calls."""
     longest = max(run.calls for run in runs)
     grid = np.linspace(longest / points, longest, points)
-    lines = ["calls".ljust(24) + "".join(f"{calls:>16,.0f}" for calls in grid)]
+    width = max(24, *(len(name) + 1 for name in configs))
+    lines = ["calls".ljust(width) + "".join(f"{calls:>16,.0f}" for calls in grid)]
     for name in configs:
         mine = [run for run in runs if run.config == name]
         cells = []
@@ -138,7 +141,7 @@ def curves(runs: Sequence[Run], configs: Sequence[str], last: int, points: int =
             alive = [run for run in mine if run.calls >= calls]
             values = [_running(run, calls, last) for run in alive]
             cells.append(_spread(values) if values else "-")
-        lines.append(name.ljust(24) + "".join(f"{cell:>16s}" for cell in cells))
+        lines.append(name.ljust(width) + "".join(f"{cell:>16s}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -189,7 +192,8 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def _folder(name: str, seed: int, overrides: Sequence[str], out: Path) -> Path:
-    return out / "runs" / f"{Path(name).stem}-seed{seed}{_suffix(overrides)}"
+    source, own = split(name)
+    return out / "runs" / f"{Path(source).stem}-seed{seed}{_suffix([*own, *overrides])}"
 
 
 def _suffix(overrides: Sequence[str]) -> str:
@@ -206,6 +210,8 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     parser.add_argument("--last", type=int, default=5, help="iterations that a final reward means")
+    parser.add_argument("--plot", type=Path, help="draw the curves into this file")
+    parser.add_argument("--plot-calls", type=float, help="as far as this many calls")
     parser.add_argument("--show", action="store_true", help="train nothing, print what is there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -227,6 +233,10 @@ def main() -> None:
         raise SystemExit(f"no run of these configs and settings in {path}")
     for part in (table, curves):
         print(part(chosen, arguments.configs, arguments.last), end="\n\n")
+    if arguments.plot:
+        found = {n: [r.reward for r in chosen if r.config == n] for n in arguments.configs}
+        present = {n: c for n, c in found.items() if c}
+        plot(present, arguments.last, chosen[0].trained_on, arguments.plot_calls, arguments.plot)
     judged = [
         j
         for j in known_judged(arguments.out / "judged.jsonl")

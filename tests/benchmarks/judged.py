@@ -30,6 +30,12 @@ class Judged:
     means: Mapping[str, list[float]]
 
 
+def split(name: str) -> tuple[str, list[str]]:
+    """A config and its own settings, from `CONFIG KEY=VALUE ...` (a value has no space)."""
+    source, *own = name.split()
+    return source, own
+
+
 def judge(name: str, seed: int, overrides: list[str], adapter: Path | None, by: str) -> Judged:
     """Draw and score.
 
@@ -46,7 +52,8 @@ def judge(name: str, seed: int, overrides: list[str], adapter: Path | None, by: 
     from diffusion_align.evaluation.generate import evaluation_sampling, generate
     from diffusion_align.evaluation.scoring import score_pictures
 
-    config = load_config(by, [*overrides, f"seed={seed}"])
+    source, own = split(by)
+    config = load_config(source, [*own, *overrides, f"seed={seed}"])
     sampling = evaluation_sampling(config.sampling, config.evaluation)
     policy = Policy.load(config.model.id, lora_path=adapter)
     rewards = load_rewards(scored_with(config), policy.device)

@@ -53,7 +53,15 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
         write_png(tmp_path / "x" / "a.png", torch.zeros(3, 4, 4))
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4), (2, 3, 4, 4)])
+def test_a_clip_is_a_strip_of_four_of_its_frames(tmp_path: Path) -> None:
+    clip = torch.linspace(0, 1, 9).view(9, 1, 1, 1).expand(9, 3, 2, 2)
+    with Image.open(write_png(tmp_path / "clip.png", clip)) as strip:
+        assert strip.size == (8, 2)
+        shown = [strip.convert("L").getpixel((x, 0)) for x in (0, 2, 4, 6)]
+    assert shown == [round(255 * i / 8) for i in (0, 3, 5, 8)]
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4), (4, 4), (2, 1, 4, 4)])
 def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[3, H, W\]"):
         write_png(tmp_path / "a.png", torch.zeros(shape))

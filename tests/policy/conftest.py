@@ -51,7 +51,8 @@ def frozen(folders: dict[str, Path]) -> dict[str, Policy]:
 @pytest.fixture(scope="session")
 def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Saved pipelines of the transformer families: SD3 (also with dynamic shifting), FLUX (also
-    told no scale), Wan 2.1, CogVideoX (also with rotary positions)."""
+    told no scale), Wan 2.1, CogVideoX (also with rotary positions), EasyAnimate V5.1 (also with
+    dynamic shifting)."""
     tiny = _load(Path(__file__).with_name("tiny_transformers.py"), "tiny_transformers")
     root = tmp_path_factory.mktemp("transformers")
     made = {
@@ -62,6 +63,8 @@ def transformers_of(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         "wan": tiny.wan(),
         "cogvideox": tiny.cogvideox(),
         "cogvideox-rotary": tiny.cogvideox(rotary=True),
+        "easyanimate": tiny.easyanimate(),
+        "easyanimate-dynamic": tiny.easyanimate(shift=1.0, use_dynamic_shifting=True),
     }
     for name, pipeline in made.items():
         pipeline.save_pretrained(root / name)

@@ -70,6 +70,7 @@ def test_schedulers_without_a_gaussian_step_are_replaced_with_their_shift(
         ("wan", "model_index.json", "boundary_ratio", 0.875),
         ("wan", "model_index.json", "expand_timesteps", True),
         ("cogvideox", "transformer/config.json", "patch_size_t", 2),
+        ("easyanimate", "transformer/config.json", "text_embed_dim_t5", 32),
     ],
 )
 def test_another_model_of_the_same_classes_is_refused(
@@ -118,7 +119,7 @@ def test_of_several_text_encoders_the_one_that_reads_furthest_cuts_a_prompt(
     assert len(said) == 1 and "'red red" in said[0] and "reads 256" in said[0]
 
 
-@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "cogvideox"])
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "cogvideox", "easyanimate"])
 def test_an_outline_has_the_sizes_of_the_model(
     transformers_of: dict[str, Path], frozen_transformers: dict[str, Policy], name: str
 ) -> None:

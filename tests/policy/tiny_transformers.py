@@ -15,10 +15,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLMagvit,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
+    EasyAnimatePipeline,
+    EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
@@ -30,6 +33,9 @@ from diffusers import (
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -228,6 +234,72 @@ def cogvideox(*, rotary: bool = False) -> CogVideoXPipeline:
                 max_text_seq_length=226,
                 use_rotary_positional_embeddings=rotary,
             ),
+        )
+    )
+
+
+def easyanimate(**scheduler: Any) -> EasyAnimatePipeline:
+    """EasyAnimate V5.1 in small: latents of 4 channels, one latent frame per four of the clip."""
+    return _ready(
+        lambda: EasyAnimatePipeline(
+            tokenizer=chat_tokenizer(),
+            text_encoder=qwen2_vl(32),
+            vae=AutoencoderKLMagvit(
+                latent_channels=4,
+                block_out_channels=(8, 8, 8, 8),
+                layers_per_block=1,
+                norm_num_groups=2,
+            ),
+            scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0, **scheduler}),
+            transformer=EasyAnimateTransformer3DModel(
+                num_attention_heads=2,
+                attention_head_dim=16,
+                in_channels=4,
+                out_channels=4,
+                patch_size=2,
+                num_layers=2,
+                mmdit_layers=2,
+                time_embed_dim=8,
+                add_norm_text_encoder=True,
+                text_embed_dim=32,
+            ),
+        )
+    )
+
+
+def chat_tokenizer() -> Qwen2Tokenizer:
+    """One token per byte, and a chat template as Qwen2-VL's, without its system prompt."""
+    vocabulary = {word: i for i, word in enumerate(TINY.byte_tokenizer().get_vocab()) if i < 256}
+    for word in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
+        vocabulary[word] = len(vocabulary)
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[])
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+    )
+    return tokenizer
+
+
+def qwen2_vl(width: int) -> Qwen2VLForConditionalGeneration:
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            text_config={
+                "vocab_size": 259,
+                "hidden_size": width,
+                "intermediate_size": 37,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3]},
+                "bos_token_id": 256,
+                "eos_token_id": 256,
+            },
+            vision_config={"depth": 1, "embed_dim": 8, "hidden_size": width, "num_heads": 2},
+            image_token_id=250,
+            video_token_id=251,
+            vision_start_token_id=252,
+            vision_end_token_id=253,
         )
     )
 
