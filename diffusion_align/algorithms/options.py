@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from diffusion_align.algorithms.clipping import clip_bounds
@@ -121,9 +121,17 @@ class CollectionOptions:
         """Minibatches of one iteration."""
         return self.samples // self.train_batch_size * self.inner_epochs
 
-    def trained_steps(self, sampling_steps: int) -> int:
-        """How many steps of each sample an inner epoch trains on, of so many that it has."""
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
+        """How many steps of each sample an inner epoch trains on, of so many that it has.
+
+        Args:
+            quiet_end: how many steps at the end take no noise.
+        """
         return sampling_steps
+
+    def fitting(self, sampling_steps: int) -> CollectionOptions:
+        """The same for fewer sampling steps: nothing asks for more of them than there are."""
+        return self
 
     @property
     def arithmetic(self) -> str:
@@ -233,14 +241,24 @@ class DDPOOptions(CollectionOptions):
             )
         clip_bounds(self.clip_range, self.clip_unit)
 
-    def trained_steps(self, sampling_steps: int) -> int:
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """Those of a sample in the window, times the fraction; 0 where the window is empty.
 
-        The last step lands on clean data: it takes no noise and is never trained on.
+        A last step that lands on clean data takes no noise and is never trained on; with
+        `set_alpha_to_one: false`, as Stable Diffusion 1.5 has it, it takes noise (quiet_end 0).
         """
-        inside = window(sampling_steps, self.window_start, self.window_end)
-        noisy = min(inside.stop, sampling_steps - 1) - inside.start
+        noisy = self._inside(sampling_steps, quiet_end)
         return self.drawn(self.noisy(noisy)) if noisy > 0 else 0
+
+    def fitting(self, sampling_steps: int) -> DDPOOptions:
+        """The same for fewer sampling steps: the noise window is no longer than what is there."""
+        inside = self._inside(sampling_steps, quiet_end=1)
+        return replace(self, noise_window=min(self.noise_window, max(1, inside)))
+
+    def _inside(self, sampling_steps: int, quiet_end: int) -> int:
+        """Steps in the window that can take noise; not positive where there is none."""
+        inside = window(sampling_steps, self.window_start, self.window_end)
+        return min(inside.stop, sampling_steps - quiet_end) - inside.start
 
     def noisy(self, steps: int) -> int:
         """How many of a sample's `steps` that could take noise do."""

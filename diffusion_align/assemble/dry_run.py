@@ -46,6 +46,7 @@ class DryRun:
             picture: numbers of one picture.
         latents: how many latents of each item were kept.
         losses: how many losses the update had.
+        quiet_end: how many steps at the end of a sample take no noise.
     """
 
     peaks: Mapping[str, int]
@@ -59,6 +60,7 @@ class DryRun:
     picture: int
     latents: int
     losses: int
+    quiet_end: int
 
 
 def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
@@ -75,6 +77,7 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
 
     from diffusion_align.assemble.loading import load_policy, set_up
     from diffusion_align.assemble.named import load_algorithm, training_prompts
+    from diffusion_align.assemble.one_update import quiet_end
     from diffusion_align.policy.devices import device_of
     from diffusion_align.training.flops import Flops
     from diffusion_align.training.memory import LiveBytes
@@ -132,6 +135,7 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
             picture=marks.picture,
             latents=batch.trajectory.latents.shape[1],
             losses=losses,
+            quiet_end=quiet_end(config, policy),
         )
     return found
 

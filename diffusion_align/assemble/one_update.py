@@ -11,10 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from diffusion_align.errors import UserError
+from diffusion_align.sampling.options import resolve_sampling
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.options import CollectionOptions
     from diffusion_align.config import RunConfig
+    from diffusion_align.policy import Policy
     from diffusion_align.policy.catalogue import ModelInfo
 
 
@@ -23,12 +25,14 @@ class Amount:
     """What one iteration does, and one update of it.
 
     samples: of the iteration; steps: denoising steps of each; pairs: (sample, step) pairs that are
-    trained on, each inner epoch's counted; per_update: those of one update.
+    trained on, each inner epoch's counted; different: the same, each counted once; per_update:
+    those of one update.
     """
 
     samples: int
     steps: int
     pairs: int
+    different: int
     per_update: int
 
 
@@ -54,7 +58,7 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
         if (n := count * options.samples_per_prompt) >= samples
         and n % options.train_batch_size == 0
     )
-    fewer = replace(options, prompts_per_iteration=prompts, inner_epochs=parts)
+    fewer = replace(options.fitting(few), prompts_per_iteration=prompts, inner_epochs=parts)
     return replace(
         config,
         sampling=replace(config.sampling, steps=few),
@@ -74,16 +78,33 @@ def _looked_at(config: RunConfig) -> int:
     return max(1, min(prompts, math.ceil(evaluation.batch_size / evaluation.seeds)))
 
 
-def amount(config: RunConfig, info: ModelInfo) -> Amount:
-    """What an iteration of `config` does."""
+def amount(config: RunConfig, info: ModelInfo, quiet_end: int) -> Amount:
+    """What an iteration of `config` does.
+
+    Args:
+        quiet_end: how many steps at the end of a sample take no noise (`quiet_end`).
+    """
     options, steps = _options(config), config.sampling.steps or info.steps
-    trained = options.trained_steps(steps)
+    trained = options.trained_steps(steps, quiet_end=quiet_end)
     return Amount(
         samples=options.samples,
         steps=steps,
         pairs=options.samples * trained * options.inner_epochs,
+        different=options.samples * trained,
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
+
+
+def quiet_end(config: RunConfig, policy: Policy) -> int:
+    """How many steps at the end take no noise, in this model's schedule and the config's sampler.
+
+    One where the last step lands on clean data, none where noise is left.
+    """
+    s = resolve_sampling(config.sampling, policy.info)
+    noisy = policy.schedule(s.steps).stochastic_steps(
+        eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
+    )
+    return s.steps - 1 - int(noisy[-1]) if len(noisy) else s.steps
 
 
 def _options(config: RunConfig) -> CollectionOptions:
