@@ -42,6 +42,16 @@ def understood(words: list[str]) -> dict[str, object]:
         return dict(command.make_context(name, rest, parent=above).params)
 
 
+def test_the_resumed_run_has_steps_left() -> None:
+    runs = [understood(words) for words in commands() if words[0] == "train"]
+    (resumed,) = (given for given in runs if given["resume"])
+    (begun,) = (g for g in runs if g["config"] == resumed["config"] and not g["resume"])
+    before = load_config(str(begun["config"]), begun["overrides"] or ())  # type: ignore[arg-type]
+    after = load_config(str(resumed["config"]), resumed["overrides"] or ())  # type: ignore[arg-type]
+    assert before.output == after.output
+    assert before.train.steps < after.train.steps
+
+
 def test_there_are_command_lines() -> None:
     assert {words[0] for words in commands()} >= {"demo", "train", "sample", "score", "compare"}
 

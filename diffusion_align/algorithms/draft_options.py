@@ -240,7 +240,7 @@ class DraftOptions:
         """The frames of a clip that an image reward sees: as given, or as the preset says."""
         return self.reward_frames or REWARD_FRAMES.get(self.preset, "all")
 
-    def trained_steps(self, sampling_steps: int) -> int:
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """How many network calls of a sample carry a gradient: about so many, where that is drawn.
 
         LV copies count as well.
@@ -260,7 +260,7 @@ class DraftOptions:
         ends = (self.plan.stop_start + self.plan.stop_end) / 2
         return sampling_steps * ends + self.plan.lv_copies
 
-    def trained_pairs(self, sampling_steps: int) -> int:
+    def trained_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """(sample, network call with a gradient) pairs of an iteration: about so many."""
         return self.samples * self.trained_steps(sampling_steps)
 

@@ -121,17 +121,26 @@ class CollectionOptions:
         """Minibatches of one iteration."""
         return self.samples // self.train_batch_size * self.inner_epochs
 
-    def trained_steps(self, sampling_steps: int) -> int:
-        """How many steps of each sample an inner epoch trains on, of so many that it has."""
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
+        """How many steps of each sample an inner epoch trains on, of so many that it has.
+
+        Args:
+            quiet_end: how many steps at the end take no noise.
+        """
         return sampling_steps
+
+    def fitting(self, sampling_steps: int) -> CollectionOptions:
+        """The same for fewer sampling steps: nothing asks for more of them than there are."""
+        return self
 
     def sampled_calls(self, sampling_steps: int) -> float:
         """How often the denoiser is asked for a sample while it is made."""
         return sampling_steps
 
-    def trained_pairs(self, sampling_steps: int) -> int:
+    def trained_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """(sample, step) pairs that an iteration trains on, each inner epoch's counted."""
-        return self.samples * self.trained_steps(sampling_steps) * self.inner_epochs
+        trained = self.trained_steps(sampling_steps, quiet_end=quiet_end)
+        return self.samples * trained * self.inner_epochs
 
     def fewer(
         self, at_once: int, steps: int, accumulation: int
@@ -149,7 +158,8 @@ class CollectionOptions:
         parts = 2 if accumulation > 1 and trained <= group else 1
         samples = max(min(at_once, self.samples), self.train_batch_size)
         prompts = fewest_prompts(self, samples)
-        return replace(self, prompts_per_iteration=prompts, inner_epochs=parts), few, parts
+        fitting = self.fitting(few)
+        return replace(fitting, prompts_per_iteration=prompts, inner_epochs=parts), few, parts
 
     def sizes(self, phase: str, at_once: int) -> dict[str, int]:
         """Options that say how much a phase has in memory at once, and what they say."""
@@ -291,14 +301,24 @@ class DDPOOptions(CollectionOptions):
             )
         clip_bounds(self.clip_range, self.clip_unit)
 
-    def trained_steps(self, sampling_steps: int) -> int:
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """Those of a sample in the window, times the fraction; 0 where the window is empty.
 
-        The last step lands on clean data: it takes no noise and is never trained on.
+        A last step that lands on clean data takes no noise and is never trained on; with
+        `set_alpha_to_one: false`, as Stable Diffusion 1.5 has it, it takes noise (quiet_end 0).
         """
-        inside = window(sampling_steps, self.window_start, self.window_end)
-        noisy = min(inside.stop, sampling_steps - 1) - inside.start
+        noisy = self._inside(sampling_steps, quiet_end)
         return self.drawn(self.noisy(noisy)) if noisy > 0 else 0
+
+    def fitting(self, sampling_steps: int) -> DDPOOptions:
+        """The same for fewer sampling steps: the noise window is no longer than what is there."""
+        inside = self._inside(sampling_steps, quiet_end=1)
+        return replace(self, noise_window=min(self.noise_window, max(1, inside)))
+
+    def _inside(self, sampling_steps: int, quiet_end: int) -> int:
+        """Steps in the window that can take noise; not positive where there is none."""
+        inside = window(sampling_steps, self.window_start, self.window_end)
+        return min(inside.stop, sampling_steps - quiet_end) - inside.start
 
     def noisy(self, steps: int) -> int:
         """How many of a sample's `steps` that could take noise do."""

@@ -47,6 +47,7 @@ from diffusion_align.algorithms.weights import (
 )
 from diffusion_align.data.prompts import PromptSource
 from diffusion_align.diffusion.noising import add_noise, target
+from diffusion_align.errors import UserError
 from diffusion_align.policy import Conditioning, Policy
 from diffusion_align.sampling.options import SamplingOptions, resolve_sampling
 from diffusion_align.sampling.rollout import Trajectory
@@ -135,6 +136,17 @@ class RWR:
         self._timesteps = self._schedule.timesteps.to(policy.device)
         self._copies = o.trained_steps(len(self._schedule))
         self._online = Online(prompts, o, self.sampling, seed)
+        s = self.sampling
+        noisy = self._schedule.stochastic_steps(
+            eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
+        )
+        if o.shared_noise and o.samples_per_prompt > 1 and not len(noisy):
+            raise UserError(
+                "the samples of a prompt begin with the same noise and no step takes any, so they "
+                "would all be one picture",
+                where="algorithm.shared_noise",
+                fix="set sampling.eta=1 (for flow models sampling.flow_kind=sde), or leave it out",
+            )
 
     def describe(self) -> list[str]:
         """What is learnt from, and what an iteration consists of."""

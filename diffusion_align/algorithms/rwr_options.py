@@ -93,6 +93,6 @@ class RWROptions(CollectionOptions):
             reads=(because,),
         )
 
-    def trained_steps(self, sampling_steps: int) -> int:
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
         """The noised copies of each sample, each at another of so many timesteps."""
         return min(self.timesteps_per_sample, sampling_steps)

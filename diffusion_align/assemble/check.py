@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffusion_align.assemble.loading import load_policy, place_of_rewards
 from diffusion_align.assemble.named import load_algorithm, training_prompts
-from diffusion_align.assemble.one_update import amount, cut_to_one_update
+from diffusion_align.assemble.one_update import amount, cut_to_one_update, quiet_end
 
 if TYPE_CHECKING:
     from diffusion_align.algorithms.base import Algorithm
@@ -107,11 +107,12 @@ def measure(config: RunConfig, say: Callable[[str], None] = _unsaid) -> Measured
     with random_state.borrowed(config.seed):
         _, step = high_water(policy.device, lambda: _one_update(algorithm, cut.train))
         seconds = _one_update(algorithm, cut.train)
-    whole, part = amount(config, policy.info), amount(cut, policy.info)
+    quiet = quiet_end(cut, policy)
+    whole, part = amount(config, policy.info, quiet), amount(cut, policy.info, quiet)
     factor = {
         "sampling": whole.calls / part.calls,
         "scoring": whole.samples / part.samples,
-        "replaying": whole.pairs / part.pairs,
+        "replaying": whole.different / part.different,
         "updating": whole.pairs / part.per_update,
     }
     iteration = {name: seconds[name] * factor[name] for name in factor if name in seconds}

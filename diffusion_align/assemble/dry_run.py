@@ -49,6 +49,7 @@ class DryRun:
             counted.
         log_probs: whether log-probabilities of every step were kept beside them.
         losses: how many losses the update had.
+        quiet_end: how many steps at the end of a sample take no noise.
     """
 
     peaks: Mapping[str, int]
@@ -63,6 +64,7 @@ class DryRun:
     latents: int
     log_probs: bool
     losses: int
+    quiet_end: int
 
 
 def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
@@ -83,7 +85,7 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
     from diffusion_align.assemble.dry_reward import stand_in
     from diffusion_align.assemble.loading import load_policy, set_up
     from diffusion_align.assemble.named import load_algorithm, scored_with, training_prompts
-    from diffusion_align.assemble.one_update import without_meaning
+    from diffusion_align.assemble.one_update import quiet_end, without_meaning
     from diffusion_align.assemble.weightless import answering, make_fake
     from diffusion_align.policy.devices import device_of
     from diffusion_align.training.flops import Flops
@@ -153,6 +155,7 @@ def dry_run(config: RunConfig, rewards: Mapping[str, Reward]) -> DryRun:
             latents=_latents(batch, cond),
             log_probs=not algorithm.needs.chained_losses,
             losses=losses,
+            quiet_end=quiet_end(config, policy),
         )
     return found
 

@@ -76,7 +76,7 @@ def estimate(config: RunConfig) -> Estimate:
     cut = cut_to_one_update(config, info)
     rewards = small_rewards(config)
     dry = dry_run(cut, rewards)
-    whole, part = amount(config, info), amount(cut, info)
+    whole, part = amount(config, info, dry.quiet_end), amount(cut, info, dry.quiet_end)
     stored, in_part = _stored(whole, part.steps, dry), _stored(part, part.steps, dry)
     moments, average = _moments(config, dry.trained), _average(config, dry.trained)
     held, beside, unknown = _weights(config, dry, rewards)

@@ -91,6 +91,7 @@ def _bare_policy(config: RunConfig, *, weights: bool) -> Policy:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         lora_targets=lora.targets,
+        lora_init=lora.init,
         **plain,
     )
 

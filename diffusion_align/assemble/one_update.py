@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from diffusion_align.errors import UserError
+from diffusion_align.sampling.options import resolve_sampling
 
 if TYPE_CHECKING:
     from diffusion_align.config import RunConfig
+    from diffusion_align.policy import Policy
     from diffusion_align.policy.catalogue import ModelInfo
 
 
@@ -30,9 +32,9 @@ class Sampled(Protocol):
     @property
     def caveat(self) -> str: ...
 
-    def trained_steps(self, sampling_steps: int) -> int: ...
+    def trained_steps(self, sampling_steps: int, *, quiet_end: int = 1) -> int: ...
 
-    def trained_pairs(self, sampling_steps: int) -> int: ...
+    def trained_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int: ...
 
     def sampled_calls(self, sampling_steps: int) -> float: ...
 
@@ -46,14 +48,15 @@ class Amount:
     """What one iteration does, and one update of it.
 
     samples: of the iteration; steps: denoising steps of each; calls: of the denoiser, to sample
-    them all; pairs: (sample, step) pairs that are
-    trained on, each inner epoch's counted; per_update: those of one update.
+    them all; pairs: (sample, step) pairs that are trained on, each inner epoch's counted;
+    different: the same, each counted once; per_update: those of one update.
     """
 
     samples: int
     steps: int
     calls: float
     pairs: int
+    different: int
     per_update: int
 
 
@@ -96,17 +99,34 @@ def _looked_at(config: RunConfig) -> int:
     return max(1, min(prompts, math.ceil(evaluation.batch_size / evaluation.seeds)))
 
 
-def amount(config: RunConfig, info: ModelInfo) -> Amount:
-    """What an iteration of `config` does."""
+def amount(config: RunConfig, info: ModelInfo, quiet_end: int) -> Amount:
+    """What an iteration of `config` does.
+
+    Args:
+        quiet_end: how many steps at the end of a sample take no noise (`quiet_end`).
+    """
     options, steps = options_of(config), config.sampling.steps or info.steps
-    trained = options.trained_steps(steps)
+    trained = options.trained_steps(steps, quiet_end=quiet_end)
     return Amount(
         samples=options.samples,
         steps=steps,
         calls=options.samples * options.sampled_calls(steps),
-        pairs=options.trained_pairs(steps),
+        pairs=options.trained_pairs(steps, quiet_end=quiet_end),
+        different=options.samples * trained,
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
+
+
+def quiet_end(config: RunConfig, policy: Policy) -> int:
+    """How many steps at the end take no noise, in this model's schedule and the config's sampler.
+
+    One where the last step lands on clean data, none where noise is left.
+    """
+    s = resolve_sampling(config.sampling, policy.info)
+    noisy = policy.schedule(s.steps, height=s.height, width=s.width).stochastic_steps(
+        eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
+    )
+    return s.steps - 1 - int(noisy[-1]) if len(noisy) else s.steps
 
 
 def options_of(config: RunConfig) -> Sampled:

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from diffusion_align.errors import UserError, did_you_mean
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.options import LoRAInit
 from diffusion_align.policy.tuned import LORA_FILE, find_lora
 
 TRAINED = "default"
@@ -152,6 +153,7 @@ def add_lora(
     alpha: float | None,
     dropout: float,
     targets: Sequence[str] | None,
+    init: LoRAInit,
     seed: int,
     dtype: torch.dtype,
 ) -> Adapter:
@@ -160,7 +162,7 @@ def add_lora(
     Args:
         denoiser: on the CPU.
         family: gives the targets when `targets` is None.
-        rank, alpha, dropout, targets: see `LoRAOptions`.
+        rank, alpha, dropout, targets, init: see `LoRAOptions`.
         seed: of the first matrices, drawn from a generator of their own.
         dtype: of the new weights.
 
@@ -186,7 +188,10 @@ def add_lora(
     generator = torch.Generator().manual_seed(seed % 2**63)  # torch takes no larger one
     for name, parameter in denoiser.named_parameters():
         if parameter.requires_grad and ".lora_A." in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
+            if init == "gaussian":
+                nn.init.normal_(parameter, std=1 / rank, generator=generator)
+            else:
+                nn.init.kaiming_uniform_(parameter, a=math.sqrt(5), generator=generator)
     return adapter
 
 

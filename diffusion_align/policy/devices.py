@@ -22,8 +22,9 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if name == "cuda" and torch.cuda.is_available():
+        # With its number, so that two devices can be told apart.
+        name = f"cuda:{os.environ.get('LOCAL_RANK', torch.cuda.current_device())}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -108,6 +108,11 @@ class Family:
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _JOINT_ATTENTION = (*_ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 
+# What a scheduler's config is filled up with where DDIM takes its place. DDIM's own defaults are
+# wrong for latents: they would clip them to [-1, 1]. An offset of 1 is what the Stable Diffusion
+# pipelines enforce.
+DDIM_DEFAULTS = {"clip_sample": False, "steps_offset": 1, "set_alpha_to_one": False}
+
 FAMILIES: tuple[Family, ...] = (
     Family(
         name="stable-diffusion",

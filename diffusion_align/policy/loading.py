@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from diffusion_align.errors import UserError, did_you_mean
 from diffusion_align.policy.catalogue import ModelInfo
-from diffusion_align.policy.families import Family, family_of
+from diffusion_align.policy.families import DDIM_DEFAULTS, Family, family_of
 from diffusion_align.policy.lora_methods import complete_lora_methods
 
 SUMS = "SHA256SUMS.json"
@@ -252,12 +252,7 @@ def use_ddim(pipeline: Any, name: str) -> str | None:
             where=name,
             fix="use a model with a Stable Diffusion noise schedule",
         )
-    # Where the old scheduler has no such setting, DDIM's own default is wrong for latents: it
-    # would clip them to [-1, 1]. An offset of 1 is what the Stable Diffusion pipelines enforce.
-    config.setdefault("clip_sample", False)
-    config.setdefault("steps_offset", 1)
-    config.setdefault("set_alpha_to_one", False)
-    pipeline.scheduler = DDIMScheduler.from_config(config)
+    pipeline.scheduler = DDIMScheduler.from_config({**DDIM_DEFAULTS, **config})
     return (
         f"{name}: scheduler {kind} has no likelihood per step and was replaced by DDIM (same noise "
         "levels and prediction type); pictures differ slightly from the model card's"

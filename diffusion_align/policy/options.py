@@ -10,6 +10,7 @@ from diffusion_align.ranges import at_least, positive, require, words
 
 DEFAULT_RANK = 8
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+LoRAInit = Literal["kaiming", "gaussian"]
 
 
 @dataclass(frozen=True)
@@ -67,30 +68,37 @@ class LoRAOptions:
         dropout: probability in [0, 1) of dropping an input of the adapter in a training forward
             (never in a rollout, a replay check or a picture).
         targets: names of the layers to adapt; None means the family's own list.
-        path: folder or file of a LoRA to start from. Its rank, alpha and targets are then the
-            file's, and the reference of the run is a frozen snapshot of it.
+        init: how the first matrix A of each layer is drawn (the second begins at zero): `kaiming`,
+            peft's own, uniform within 1 / sqrt(fan-in); `gaussian`, of standard deviation 1 / rank
+            whatever the layer's width. AdamW's first steps move the second matrix by about the
+            learning rate, so the model by that times A: a learning rate belongs to one of them.
+        path: folder or file of a LoRA to start from. Its rank, alpha, targets and init are then
+            the file's, and the reference of the run is a frozen snapshot of it.
 
-    Errors: a value out of range raises `OptionError`; so do alpha and targets beside a path.
+    Errors: a value out of range raises `OptionError`; so do alpha, targets and
+    init beside a path.
     """
 
     rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     targets: tuple[str, ...] | None = None
+    init: LoRAInit = "kaiming"
     path: str | None = None
 
     def __post_init__(self) -> None:
+        words(self)
         at_least(self, 1, "rank")
         positive(self, "alpha")
         require(self, "lie in [0, 1)", lambda share: 0 <= share < 1, "dropout")
         if self.targets is not None and not self.targets:
             raise OptionError("targets", "names no layer", fix="null means the family's own list")
-        for name in ("alpha", "targets"):
-            if self.path is not None and getattr(self, name) is not None:
+        for name, unset in (("alpha", None), ("targets", None), ("init", "kaiming")):
+            if self.path is not None and getattr(self, name) != unset:
                 raise OptionError(
                     name,
                     f"is that of the LoRA in {self.path}",
-                    fix=f"leave {name} or path out (null)",
+                    fix=f"leave {name} or path out",
                     reads=("path",),
                 )
 

@@ -26,6 +26,7 @@ from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
 from diffusion_align.policy.latents import latent_of, tokens_of
 from diffusion_align.policy.loading import dtype_of, library_bars, load_pipeline, with_size
+from diffusion_align.policy.options import LoRAInit
 from diffusion_align.policy.outline import outline_pipeline
 from diffusion_align.policy.scheduling import schedule_of, use_gaussian_steps
 
@@ -82,6 +83,7 @@ class Policy:
         lora_alpha: float | None = None,
         lora_dropout: float = 0.0,
         lora_targets: Sequence[str] | None = None,
+        lora_init: LoRAInit = "kaiming",
         lora_path: str | Path | None = None,
         full: bool = False,
         device: str = "cpu",
@@ -98,6 +100,7 @@ class Policy:
             lora_alpha: its scale is alpha / rank; None means alpha = rank.
             lora_dropout: in [0, 1); acts in training forwards only.
             lora_targets: layers to adapt; None means the family's own.
+            lora_init: how a new LoRA's first matrices are drawn, see `LoRAOptions`.
             lora_path: train on from this LoRA; rank, alpha and targets are the file's, and the
                 reference is a frozen snapshot of it.
             full: train every weight of the denoiser, in float32; the reference is a copy.
@@ -141,6 +144,7 @@ class Policy:
                 alpha=lora_alpha,
                 dropout=lora_dropout,
                 targets=lora_targets,
+                init=lora_init,
                 seed=seed,
                 dtype=trained,
             )

@@ -20,6 +20,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_align.errors import UserError
+from diffusion_align.policy.families import DDIM_DEFAULTS
 from diffusion_align.policy.tuned import LORA_FILE
 from diffusion_align.publish.markdown import escaped
 from diffusion_align.publish.signature import CARD_FILE, is_untouched, signed
@@ -199,7 +200,9 @@ def example(card: Card) -> str:
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({card.base.code}{revision})")
     else:
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({_HERE})")
-    lines.append("pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)")
+    # As `Policy.load` does: DDIM's own defaults, where the base says nothing, would clip latents.
+    lines.append(f"settings = {{**{DDIM_DEFAULTS!r}, **pipeline.scheduler.config}}")
+    lines.append("pipeline.scheduler = DDIMScheduler.from_config(settings)")
     if card.kind == "lora":
         lines.append(f"pipeline.load_lora_weights({_HERE}, weight_name={LORA_FILE!r})")
     lines += [

@@ -419,3 +419,11 @@ def test_metadata_is_the_same_in_any_order_and_of_any_kind() -> None:
     )
     assert fingerprint({"x": 1}) != fingerprint({"x": 2})
     assert fingerprint({"x": object()}) == fingerprint({"x": object()})
+
+
+def test_samples_that_would_all_be_one_picture_are_refused(toy: ModuleType) -> None:
+    still = SamplingOptions(steps=6, guidance_scale=1.0, eta=0.0)
+    with pytest.raises(UserError, match="all be one picture"):
+        make(toy, sampling=still, shared_noise=True)
+    make(toy, sampling=still)  # each with a start of its own
+    make(toy, shared_noise=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from typer.testing import CliRunner
 
 from diffusion_align.assemble.check import measure
 from diffusion_align.assemble.estimate import estimate
+from diffusion_align.assemble.one_update import amount, cut_to_one_update, quiet_end
 from diffusion_align.cli import app
 from diffusion_align.config import RunConfig, load_config
+from diffusion_align.policy.catalogue import resolve
 
 BAR = 0.15
 SMALL = (
@@ -132,6 +135,7 @@ def test_the_most_at_once_is_that_of_a_whole_run(share: str, tmp_path: Path) -> 
                     "algorithm.timesteps_per_loss=2",
                 ),
                 ("algorithm=rwr", "sampling.steps=12"),
+                ("sampling.steps=12", "algorithm.noise_window=5", "algorithm.timesteps_per_loss=1"),
             ]
         ),
     ],
@@ -141,8 +145,6 @@ def test_a_run_that_is_cut_has_the_peaks_and_the_arithmetic_of_the_whole(
 ) -> None:
     from diffusion_align.assemble.dry_run import dry_run
     from diffusion_align.assemble.estimate import _stored
-    from diffusion_align.assemble.one_update import amount, cut_to_one_update
-    from diffusion_align.policy.catalogue import resolve
 
     small = (
         "model.device=cpu",
@@ -164,7 +166,7 @@ def test_a_run_that_is_cut_has_the_peaks_and_the_arithmetic_of_the_whole(
     assert cut.sampling.steps is not None
     uncut = replace(whole, evaluation=cut.evaluation)
     a, b = dry_run(cut, {}), dry_run(uncut, {})
-    all_of_it, part = amount(whole, info), amount(cut, info)
+    all_of_it, part = amount(whole, info, b.quiet_end), amount(cut, info, a.quiet_end)
     in_a = sum(_stored(part, part.steps, a).values())
     in_b = sum(_stored(all_of_it, all_of_it.steps, b).values())
     assert a.peaks["updating"] - in_a == pytest.approx(b.peaks["updating"] - in_b, rel=0.02)
@@ -173,7 +175,28 @@ def test_a_run_that_is_cut_has_the_peaks_and_the_arithmetic_of_the_whole(
     assert scaled == pytest.approx(b.flops["updating"] * minibatches, rel=1e-6)
 
 
-def test_options_say_how_many_steps_the_algorithm_trains_on() -> None:
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_noise_window_is_cut_with_the_steps(group: int) -> None:
+    words = ("algorithm.noise_window=5", f"algorithm.timesteps_per_loss={group}")
+    cut = cut_to_one_update(config("sampling.steps=12", *words), resolve("tiny-sd"))
+    options, steps = cut.algorithm.options, cut.sampling.steps
+    assert steps is not None and 1 <= options.noise_window <= steps - 1
+    assert options.trained_steps(steps) >= 2 * group
+
+
+def ends_with_noise(folder: Path) -> str:
+    """tiny-sd with the last step of Stable Diffusion 1.5's scheduler, which takes noise."""
+    shutil.copytree(
+        resolve("tiny-sd").source, folder, ignore=shutil.ignore_patterns("SHA256SUMS.json")
+    )
+    path = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({**settings, "set_alpha_to_one": False}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("quiet", [0, 1])
+def test_options_say_how_many_steps_the_algorithm_trains_on(quiet: int, tmp_path: Path) -> None:
     from itertools import product
 
     from diffusion_align.assemble.loading import load_policy
@@ -181,7 +204,8 @@ def test_options_say_how_many_steps_the_algorithm_trains_on() -> None:
     from diffusion_align.data.prompts import Prompt
     from reward_models import load
 
-    plain = config("model.device=cpu", "sampling.steps=10")
+    model = "tiny-sd" if quiet else ends_with_noise(tmp_path / "model")
+    plain = config("model.device=cpu", "sampling.steps=10", f"model.id={model}")
     policy, reward = load_policy(plain), load("incompressibility")
     tried = product([0.0, 0.29, 0.5], [0.6, 1.0], [0.1, 0.29, 0.7, 1.0])
     for start, end, fraction in tried:
@@ -194,7 +218,15 @@ def test_options_say_how_many_steps_the_algorithm_trains_on() -> None:
         chosen = replace(plain, algorithm=replace(plain.algorithm, options=options))
         algorithm = load_algorithm(chosen, policy, reward, [Prompt("a")])
         (said,) = (line for line in algorithm.describe() if line.startswith("one iteration"))
-        assert f" {options.trained_steps(10)} of 10 steps trained" in said
+        trained = options.trained_steps(10, quiet_end=quiet)
+        assert f" {trained} of 10 steps trained" in said
+    assert quiet_end(plain, policy) == quiet
+
+
+def test_a_replay_computes_each_pair_once_whatever_the_inner_epochs() -> None:
+    whole = config("sampling.steps=12", "algorithm.inner_epochs=3")
+    found = amount(whole, resolve("tiny-sd"), 1)
+    assert found.different == 11 * whole.algorithm.options.samples == found.pairs / 3
 
 
 def test_accumulated_gradients_are_counted_where_a_minibatch_has_one_loss() -> None:

@@ -114,7 +114,7 @@ def test_the_cut_update_keeps_the_steps_and_accumulates_twice() -> None:
     cut = cut_to_one_update(chosen, info)
     assert cut.sampling.steps == 2  # the last, and one before it
     assert cut.algorithm.options.samples == 8 and cut.train.accumulation == 2
-    whole, part = amount(chosen, info), amount(cut, info)
+    whole, part = amount(chosen, info, 1), amount(cut, info, 1)
     # One last step and two copies of each sample.
     assert (whole.calls, part.calls) == (32 * (8 + 2), 8 * (2 + 2))
     assert (whole.pairs, part.pairs, part.per_update) == (32 * 3, 8 * 3, 8 * 3)

@@ -55,9 +55,9 @@ def test_looks_are_drawn_as_in_training_unless_the_options_say_otherwise(
     seen: list[float] = []
     schedule, predict = policy.schedule, policy.predict
 
-    def counted(count: int) -> Any:
+    def counted(count: int, **size: Any) -> Any:
         seen.append(count)
-        return schedule(count)
+        return schedule(count, **size)
 
     def watched(*args: Any, guidance_scale: float) -> Any:
         seen.append(guidance_scale)

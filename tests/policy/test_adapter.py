@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffusion_align import Policy, UserError
+from diffusion_align.config import load_config
 from diffusion_align.sampling import normal, stream
 
 SCALE = 5.0
@@ -238,6 +239,33 @@ def test_a_lora_is_drawn_from_its_seed_and_nothing_global(folders: dict[str, Pat
     torch.random.set_rng_state(before)
     Policy.load(folders["eps"], lora_rank=4)
     assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_gaussian_first_matrices_have_one_width_and_published_ones_are_so(
+    folders: dict[str, Path],
+) -> None:
+    """peft's `gaussian`: standard deviation 1 / rank, whatever the layer; the default's shrinks."""
+    drawn = [
+        {
+            name: parameter.detach()
+            for name, parameter in policy.pipeline.unet.named_parameters()
+            if ".lora_A." in name
+        }
+        for policy in (
+            Policy.load(folders["eps"], lora_rank=8, lora_init="gaussian"),
+            Policy.load(folders["eps"], lora_rank=8, lora_init="gaussian", seed=1),
+            Policy.load(folders["eps"], lora_rank=8),
+        )
+    ]
+    gaussian, other = (torch.cat([a.flatten() for a in one.values()]) for one in drawn[:2])
+    assert len(gaussian) > 2000 and not torch.equal(gaussian, other)
+    assert float(gaussian.std()) == pytest.approx(1 / 8, rel=0.06)
+    assert float(gaussian.abs().max()) > 3 / 8  # no bounded draw
+    for name, matrix in drawn[2].items():
+        assert float(matrix.abs().max()) <= matrix.shape[1] ** -0.5, name
+    for name in ("ddpo_sd15_aesthetic", "ddpo_tiny_published"):
+        lora = load_config(name).lora
+        assert lora is not None and (lora.init, lora.rank, lora.alpha) == ("gaussian", 4, 4)
 
 
 def test_a_seed_of_any_size_draws_a_lora(folders: dict[str, Path]) -> None:

@@ -14,6 +14,18 @@ def test_words_name_devices() -> None:
     assert device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def test_cuda_has_its_number_so_that_two_devices_can_be_told_apart(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: None)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert device_of("auto") == device_of("cuda") == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert device_of("cuda") == torch.device("cuda:3")
+
+
 def test_an_unknown_device_is_answered_with_those_there_are() -> None:
     with pytest.raises(UserError, match=r"unknown device 'gpu'[^$]*auto, cpu, cuda"):
         device_of("gpu")

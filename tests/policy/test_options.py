@@ -19,6 +19,8 @@ from diffusion_align.policy.options import Dtype, LoRAOptions, ModelOptions
         (LoRAOptions, {"dropout": -0.1}, "dropout: must lie in [0, 1)"),
         (LoRAOptions, {"targets": ()}, "targets: names no layer"),
         (LoRAOptions, {"path": "x", "alpha": 4.0}, "alpha: is that of the LoRA in x"),
+        (LoRAOptions, {"path": "x", "init": "gaussian"}, "init: is that of the LoRA in x"),
+        (LoRAOptions, {"init": "normal"}, "init: "),
         (LoRAOptions, {"path": "x", "targets": ("to_k",)}, "targets: is that of the LoRA in x"),
         (ModelOptions, {"dtype": "flaot32"}, "did you mean float32 ?"),
     ],
