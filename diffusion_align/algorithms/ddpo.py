@@ -112,7 +112,7 @@ class DDPO:
             weights = self._likelihood.by_leverage(self._steps)
             self._likelihood = replace(self._likelihood, weights=weights)
         self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
-        self._online = Online(prompts, o, self.sampling, seed)
+        self._online = Online(policy, prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
 
     def describe(self) -> list[str]:
@@ -211,7 +211,7 @@ class DDPO:
             **reward_metrics(collected),
             **self._online.spread(advantages),
             "advantage/trained": known / int(collected.valid.sum()),
-            **self._online.spend(trained * per_pair * branches(self._guidance)),
+            **self._online.spend(trained * per_pair * branches(self._guidance, self.policy)),
         }
 
     def minibatch_count(self) -> int:
@@ -322,7 +322,7 @@ class DDPO:
             lockstep=self.group.lockstep,
         )
         replayed = self.group.gather((~log_probs.isnan()).sum()[None]).sum()
-        self._online.calls += int(replayed) * branches(guidance)
+        self._online.calls += int(replayed) * branches(guidance, self.policy)
         return log_probs
 
     def state_dict(self) -> dict[str, Any]:

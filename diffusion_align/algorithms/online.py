@@ -17,6 +17,7 @@ from diffusion_align.algorithms.likelihood import branches
 from diffusion_align.algorithms.options import CollectionOptions
 from diffusion_align.algorithms.plan import Plan
 from diffusion_align.data.prompts import PromptSource, load_prompts
+from diffusion_align.policy import Policy
 from diffusion_align.sampling.options import ResolvedSampling
 
 
@@ -24,6 +25,7 @@ class Online:
     """Plan, normaliser and the cost so far.
 
     Args:
+        policy: says how many forwards a guided prediction takes.
         prompts: as `load_prompts` takes them.
         options: of the method.
         sampling: how an iteration is sampled.
@@ -32,6 +34,7 @@ class Online:
 
     def __init__(
         self,
+        policy: Policy,
         prompts: PromptSource,
         options: CollectionOptions,
         sampling: ResolvedSampling,
@@ -41,7 +44,7 @@ class Online:
         self.plan = Plan(known, options.prompts_per_iteration, options.samples_per_prompt, seed)
         statistics = PromptStatistics(options.buffer_size, options.buffer_min_count)
         self._normaliser = Normaliser(options.advantages, options.advantage_clip, statistics)
-        self._sampling = sampling
+        self._passes = sampling.steps * branches(sampling.guidance_scale, policy)
         self.calls = 0
         """Denoiser forwards of one sample; a backward counts as two."""
 
@@ -59,8 +62,7 @@ class Online:
 
     def spend(self, trained: int) -> dict[str, float]:
         """Count an iteration: its sampling, and `trained` calls of learning. Returns the total."""
-        passes = self._sampling.steps * branches(self._sampling.guidance_scale)
-        self.calls += len(self.plan) * passes + trained
+        self.calls += len(self.plan) * self._passes + trained
         return {"cost/calls": float(self.calls)}
 
     def state_dict(self) -> dict[str, Any]:

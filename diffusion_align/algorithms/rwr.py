@@ -135,7 +135,7 @@ class RWR:
         self._schedule = policy.schedule(s.steps, height=s.height, width=s.width)
         self._timesteps = self._schedule.timesteps.to(policy.device)
         self._copies = o.trained_steps(len(self._schedule))
-        self._online = Online(prompts, o, self.sampling, seed)
+        self._online = Online(policy, prompts, o, self.sampling, seed)
         s = self.sampling
         noisy = self._schedule.stochastic_steps(
             eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level

@@ -127,6 +127,7 @@ def _supervised(config: RunConfig, policy: Policy) -> Supervised | None:
         config.supervised,
         schedule=policy.schedule(sampling.steps, height=height, width=width),
         seed=config.seed,
+        guidance_scale=sampling.guidance_scale,
         height=height,
         width=width,
     )

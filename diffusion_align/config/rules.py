@@ -129,6 +129,24 @@ def _active_steps(sections: Mapping[str, Any]) -> Iterator[Finding]:
         yield f"{ALGORITHM}.{error.where}", error.what, error.fix
 
 
+def _frames(sections: Mapping[str, Any]) -> Iterator[Finding]:
+    from diffusion_align.policy.catalogue import resolve
+
+    try:
+        info = resolve(sections["model"].id)
+    except UserError:
+        return  # said already
+    if not info.family or info.modality != "image":
+        return
+    for name in ("decode_frames", "reward_frames"):
+        if getattr(sections[ALGORITHM].options, name) not in (None, "all"):
+            yield (
+                f"{ALGORITHM}.{name}",
+                f"{info.name} makes images, which have no frames",
+                "leave it out",
+            )
+
+
 def _half(sections: Mapping[str, Any]) -> Iterator[Finding]:
     from diffusion_align.algorithms import catalogue
 
@@ -291,6 +309,7 @@ RULES = (
     Rule(("train.mixed_precision", "model.dtype"), _half),
     Rule(("reward",), _differentiable),
     Rule((f"{ALGORITHM}.active_steps", "sampling.steps"), _active_steps),
+    Rule((f"{ALGORITHM}.decode_frames", "model.id"), _frames),
 )
 
 REWARD_RULES = (

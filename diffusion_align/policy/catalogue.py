@@ -28,6 +28,7 @@ class ModelInfo:
         licence: of the weights; "" where unknown.
         note: one line for `diffusion-align models`.
         frames: default length of a clip; None for images, and until the model is loaded.
+        fps: frames a second of the clips it was trained on; None for images, or where unknown.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ModelInfo:
     licence: str
     note: str
     frames: int | None = None
+    fps: float | None = None
 
     @property
     def modality(self) -> Literal["image", "video"]:
@@ -127,6 +129,7 @@ MODELS: dict[str, ModelInfo] = {
             licence="Apache-2.0",
             note="Wan 2.1 text to video 1.3B, flow",
             frames=81,
+            fps=16.0,
         ),
         ModelInfo(
             name="cogvideox-2b",
@@ -139,6 +142,7 @@ MODELS: dict[str, ModelInfo] = {
             licence="Apache-2.0",
             note="CogVideoX 2B text to video, predicts v",
             frames=49,
+            fps=8.0,
         ),
         ModelInfo(
             name="easyanimate-v5.1",
@@ -151,6 +155,7 @@ MODELS: dict[str, ModelInfo] = {
             licence="Apache-2.0",
             note="EasyAnimate V5.1 text to video 12B, flow",
             frames=49,
+            fps=8.0,
         ),
     )
 }

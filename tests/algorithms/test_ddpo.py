@@ -118,8 +118,8 @@ def test_steps_without_noise_are_never_trained(toy: ModuleType) -> None:
     policy = toy.ToyPolicy()
     original = policy.schedule
 
-    def ending_clean(steps: int) -> Any:
-        schedule = original(steps)
+    def ending_clean(steps: int, **size: Any) -> Any:
+        schedule = original(steps, **size)
         landings = schedule.landings.clone()
         landings[-1] = 1.0  # lands on clean data: std 0
         return replace(schedule, landings=landings)

@@ -149,7 +149,7 @@ def test_every_model_regresses_to_what_it_predicts(toy: ModuleType, kind: str) -
     policy = toy.ToyPolicy()
     plain = policy.schedule
     schedule = FLOW if kind == "flow" else replace(plain(3), prediction=kind)
-    policy.schedule = lambda steps: schedule
+    policy.schedule = lambda steps, **_: schedule
     rwr = make(toy, policy=policy, sampling=SamplingOptions(steps=3, guidance_scale=1.0))
     minibatch = next(iter(rwr.minibatches(rwr.collect(0))))
     expected = 0.0

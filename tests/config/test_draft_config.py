@@ -37,6 +37,8 @@ from reward_models.video.frames import FrameChoice
         (["model.dtype=float16"], ["model.dtype", "use bfloat16 or float32"]),
         (["lora.dropout=0.1"], ["lora.dropout", "set lora.dropout=0"]),
         (["algorithm.train_batch_size=8"], ["one update of an iteration", "accumulation=3"]),
+        (["algorithm.decode_frames=first"], ["algorithm.decode_frames", "tiny-sd makes images"]),
+        (["algorithm.reward_frames=uniform:2"], ["algorithm.reward_frames", "no frames"]),
         (["algorithm.coupling=2"], ["algorithm.coupling", "lie in [0, 1]"]),
         (["algorithm.preset=draft-kk"], ["algorithm.preset", "draft-k"]),
     ],
