@@ -25,8 +25,8 @@ class Amount:
     """What one iteration does, and one update of it.
 
     samples: of the iteration; steps: denoising steps of each; pairs: (sample, step) pairs that are
-    trained on, each inner epoch's counted; different: the same, each counted once; per_update:
-    those of one update.
+    trained on, each inner epoch's counted; different: those that a replay computes, at the most;
+    per_update: those of one update.
     """
 
     samples: int
@@ -48,7 +48,7 @@ def cut_to_one_update(config: RunConfig, info: ModelInfo) -> RunConfig:
     options, steps = _options(config), config.sampling.steps or info.steps
     trained, group = options.trained_steps(steps), options.timesteps_per_loss
     # Two losses find gradients in place; so does the second of two accumulated minibatches.
-    wanted = min(2 * group, trained)
+    wanted = max(1, min(2 * group, trained))
     few = next((n for n in range(1, steps) if options.trained_steps(n) >= wanted), steps)
     parts = 2 if config.train.accumulation > 1 and trained <= group else 1
     samples = max(min(config.sampling.batch_size, options.samples), options.train_batch_size)
@@ -90,7 +90,7 @@ def amount(config: RunConfig, info: ModelInfo, quiet_end: int) -> Amount:
         samples=options.samples,
         steps=steps,
         pairs=options.samples * trained * options.inner_epochs,
-        different=options.samples * trained,
+        different=options.different_pairs(steps, quiet_end=quiet_end),
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
 

@@ -10,7 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -105,8 +105,8 @@ class Policy:
             lora_dropout: in [0, 1); acts in training forwards only.
             lora_targets: layers to adapt; None means the family's own.
             lora_init: how a new LoRA's first matrices are drawn, see `LoRAOptions`.
-            lora_path: train on from this LoRA; rank, alpha and targets are the file's, and the
-                reference is a frozen snapshot of it.
+            lora_path: train on from this LoRA; rank, alpha, targets and init are the file's,
+                and the reference is a frozen snapshot of it.
             full: train every weight of the denoiser, in float32; the reference is a copy.
             device: "cpu", "cuda", "cuda:1" or "auto".
             dtype: of frozen weights: "float32", "bfloat16", "float16" or "float64".
@@ -119,7 +119,12 @@ class Policy:
             UserError: anything a person can put right.
         """
         _check_choice(
-            full=full, rank=lora_rank, path=lora_path, alpha=lora_alpha, targets=lora_targets
+            full=full,
+            rank=lora_rank,
+            path=lora_path,
+            alpha=lora_alpha,
+            targets=lora_targets,
+            init=lora_init,
         )
         place, storage = device_of(device if weights else "meta"), dtype_of(dtype)
         trained = torch.promote_types(storage, torch.float32)
@@ -344,11 +349,15 @@ def _check_choice(
     path: str | Path | None,
     alpha: float | None,
     targets: Sequence[str] | None,
+    init: LoRAInit,
 ) -> None:
     """Refuse arguments of `Policy.load` of which some would be ignored."""
+    if init not in (known := get_args(LoRAInit)):
+        raise UserError(f"{init!r} is none of {', '.join(known)}", where="lora.init")
     if full and (rank is not None or path is not None):
         raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
-    if path is not None and (alpha is not None or targets is not None):
+    if path is not None and (alpha is not None or targets is not None or init != "kaiming"):
         raise UserError(
-            "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
+            "alpha, targets and init of a LoRA that is continued are the file's",
+            where="lora.path",
         )
