@@ -264,6 +264,10 @@ class DraftOptions:
         """(sample, network call with a gradient) pairs of an iteration: about so many."""
         return self.samples * self.trained_steps(sampling_steps)
 
+    def different_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
+        """The same: nothing is computed again."""
+        return self.trained_pairs(sampling_steps)
+
     def fewer(self, at_once: int, steps: int, accumulation: int) -> tuple[DraftOptions, int, int]:
         """One update that is as full at its fullest: (options, sampling steps, accumulation).
 

@@ -129,6 +129,12 @@ class CollectionOptions:
         """
         return sampling_steps
 
+    def different_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
+        """(sample, step) pairs of an iteration, each counted once; at the most, where some are
+        drawn anew in every inner epoch.
+        """
+        return self.samples * self.trained_steps(sampling_steps, quiet_end=quiet_end)
+
     def fitting(self, sampling_steps: int) -> CollectionOptions:
         """The same for fewer sampling steps: nothing asks for more of them than there are."""
         return self
@@ -153,7 +159,7 @@ class CollectionOptions:
         """
         trained, group = self.trained_steps(steps), self.timesteps_per_loss
         # Two losses find gradients in place; so does the second of two accumulated minibatches.
-        wanted = min(2 * group, trained)
+        wanted = max(1, min(2 * group, trained))
         few = next((n for n in range(1, steps) if self.trained_steps(n) >= wanted), steps)
         parts = 2 if accumulation > 1 and trained <= group else 1
         samples = max(min(at_once, self.samples), self.train_batch_size)
@@ -309,6 +315,11 @@ class DDPOOptions(CollectionOptions):
         """
         noisy = self._inside(sampling_steps, quiet_end)
         return self.drawn(self.noisy(noisy)) if noisy > 0 else 0
+
+    def different_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int:
+        """As above: with a timestep_fraction each inner epoch draws its own."""
+        once = super().different_pairs(sampling_steps, quiet_end=quiet_end)
+        return once if self.timestep_fraction == 1 else once * self.inner_epochs
 
     def fitting(self, sampling_steps: int) -> DDPOOptions:
         """The same for fewer sampling steps: the noise window is no longer than what is there."""

@@ -11,7 +11,7 @@ shape of the training batch; a fault is not, and the two differ by orders of mag
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -126,6 +126,8 @@ def judge(
         "sampled" if keep_sampled else "replayed",
     )
     if not sound or (wish == "sampled" and not within):
+        if not sound:
+            report = replace(report, deviation=unweighted)  # what gives the fault away
         raise UserError(refusal(report, not sound), fix=report.table() + "\n" + _ADVICE)
     return report
 

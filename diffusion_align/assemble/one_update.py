@@ -36,6 +36,8 @@ class Sampled(Protocol):
 
     def trained_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int: ...
 
+    def different_pairs(self, sampling_steps: int, *, quiet_end: int = 1) -> int: ...
+
     def sampled_calls(self, sampling_steps: int) -> float: ...
 
     def fewer(self, at_once: int, steps: int, accumulation: int) -> tuple[Any, int, int]: ...
@@ -49,7 +51,7 @@ class Amount:
 
     samples: of the iteration; steps: denoising steps of each; calls: of the denoiser, to sample
     them all; pairs: (sample, step) pairs that are trained on, each inner epoch's counted;
-    different: the same, each counted once; per_update: those of one update.
+    different: those that a replay computes, at the most; per_update: those of one update.
     """
 
     samples: int
@@ -112,7 +114,7 @@ def amount(config: RunConfig, info: ModelInfo, quiet_end: int) -> Amount:
         steps=steps,
         calls=options.samples * options.sampled_calls(steps),
         pairs=options.trained_pairs(steps, quiet_end=quiet_end),
-        different=options.samples * trained,
+        different=options.different_pairs(steps, quiet_end=quiet_end),
         per_update=options.train_batch_size * trained * config.train.accumulation,
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 from diffusion_align.errors import UserError
 from diffusion_align.policy.catalogue import ModelInfo
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.options import LoRAInit
 
 
 def check_trained(
@@ -17,17 +19,21 @@ def check_trained(
     path: str | Path | None,
     alpha: float | None,
     targets: Sequence[str] | None,
+    init: LoRAInit,
 ) -> None:
     """Refuse arguments of `Policy.load` of which some would be ignored.
 
     Raises:
         UserError: names the argument.
     """
+    if init not in (known := get_args(LoRAInit)):
+        raise UserError(f"{init!r} is none of {', '.join(known)}", where="lora.init")
     if full and (rank is not None or path is not None):
         raise UserError("choose a LoRA or full fine-tuning, not both", where="lora")
-    if path is not None and (alpha is not None or targets is not None):
+    if path is not None and (alpha is not None or targets is not None or init != "kaiming"):
         raise UserError(
-            "alpha and targets of a LoRA that is continued are the file's", where="lora.path"
+            "alpha, targets and init of a LoRA that is continued are the file's",
+            where="lora.path",
         )
 
 

@@ -252,7 +252,10 @@ def use_ddim(pipeline: Any, name: str) -> str | None:
             where=name,
             fix="use a model with a Stable Diffusion noise schedule",
         )
-    pipeline.scheduler = DDIMScheduler.from_config({**DDIM_DEFAULTS, **config})
+    # Said outright: diffusers drops what the old scheduler had by default, also what the pipeline
+    # has put right since.
+    kept = {setting: config.get(setting, value) for setting, value in DDIM_DEFAULTS.items()}
+    pipeline.scheduler = DDIMScheduler.from_config(config, **kept)
     return (
         f"{name}: scheduler {kind} has no likelihood per step and was replaced by DDIM (same noise "
         "levels and prediction type); pictures differ slightly from the model card's"

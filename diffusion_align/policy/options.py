@@ -98,7 +98,7 @@ class LoRAOptions:
                 raise OptionError(
                     name,
                     f"is that of the LoRA in {self.path}",
-                    fix=f"leave {name} or path out",
+                    fix=f"set {name}={'null' if unset is None else unset}, or leave path out",
                     reads=("path",),
                 )
 

@@ -24,7 +24,7 @@ from diffusion_align.policy.conditioning import Conditioning
 from diffusion_align.policy.devices import device_of
 from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
-from diffusion_align.policy.latents import latent_of, tokens_of
+from diffusion_align.policy.latents import tokens_of
 from diffusion_align.policy.loading import dtype_of, library_bars, load_pipeline, with_size
 from diffusion_align.policy.options import LoRAInit
 from diffusion_align.policy.outline import outline_pipeline
@@ -101,8 +101,8 @@ class Policy:
             lora_dropout: in [0, 1); acts in training forwards only.
             lora_targets: layers to adapt; None means the family's own.
             lora_init: how a new LoRA's first matrices are drawn, see `LoRAOptions`.
-            lora_path: train on from this LoRA; rank, alpha and targets are the file's, and the
-                reference is a frozen snapshot of it.
+            lora_path: train on from this LoRA; rank, alpha, targets and init are the file's,
+                and the reference is a frozen snapshot of it.
             full: train every weight of the denoiser, in float32; the reference is a copy.
             device: "cpu", "cuda", "cuda:1" or "auto".
             dtype: of frozen weights: "float32", "bfloat16", "float16" or "float64".
@@ -115,7 +115,12 @@ class Policy:
             UserError: anything a person can put right.
         """
         choices.check_trained(
-            full=full, rank=lora_rank, path=lora_path, alpha=lora_alpha, targets=lora_targets
+            full=full,
+            rank=lora_rank,
+            path=lora_path,
+            alpha=lora_alpha,
+            targets=lora_targets,
+            init=lora_init,
         )
         place, storage = device_of(device if weights else "meta"), dtype_of(dtype)
         trained = torch.promote_types(storage, torch.float32)
@@ -399,5 +404,13 @@ class Policy:
         own = {self.family.latent_argument: state, self.family.timestep_argument: timestep}
         denoiser: Callable[..., Any] = self.denoiser
         output = denoiser(**own, **arguments)
-        predicted: Tensor = output[0] if isinstance(output, tuple) else output.sample
-        return latent_of(predicted, *x.shape[-2:]) if packed else predicted
+        return output[0] if isinstance(output, tuple) else output.sample
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        own_height, own_width = self.info.height, self.info.width
+        if own_height is None or own_width is None:
+            raise RuntimeError("the policy was built without its model's size")
+        height = own_height if height is None else height
+        width = own_width if width is None else width
+        self._encoder.check_size(height, width)
+        return height, width

@@ -201,8 +201,11 @@ def example(card: Card) -> str:
     else:
         lines.append(f"pipeline = DiffusionPipeline.from_pretrained({_HERE})")
     # As `Policy.load` does: DDIM's own defaults, where the base says nothing, would clip latents.
-    lines.append(f"settings = {{**{DDIM_DEFAULTS!r}, **pipeline.scheduler.config}}")
-    lines.append("pipeline.scheduler = DDIMScheduler.from_config(settings)")
+    lines += [
+        "config = pipeline.scheduler.config",
+        f"kept = {{name: config.get(name, value) for name, value in {DDIM_DEFAULTS!r}.items()}}",
+        "pipeline.scheduler = DDIMScheduler.from_config(config, **kept)",
+    ]
     if card.kind == "lora":
         lines.append(f"pipeline.load_lora_weights({_HERE}, weight_name={LORA_FILE!r})")
     lines += [

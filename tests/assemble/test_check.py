@@ -19,6 +19,7 @@ from diffusion_align.config import RunConfig, load_config
 from diffusion_align.policy.catalogue import resolve
 
 BAR = 0.15
+PART = ("algorithm.timestep_fraction=0.5",)
 SMALL = (
     "model.device=cpu",
     "sampling.steps=3",
@@ -227,6 +228,15 @@ def test_a_replay_computes_each_pair_once_whatever_the_inner_epochs() -> None:
     whole = config("sampling.steps=12", "algorithm.inner_epochs=3")
     found = amount(whole, resolve("tiny-sd"), 1)
     assert found.different == 11 * whole.algorithm.options.samples == found.pairs / 3
+    drawn = config(*("sampling.steps=12", "algorithm.inner_epochs=3"), *PART)
+    found = amount(drawn, resolve("tiny-sd"), 1)
+    assert found.different == found.pairs  # each epoch may draw others
+
+
+def test_a_run_that_trains_its_last_step_alone_is_cut() -> None:
+    """Which has noise in some models, and in tiny-sd none."""
+    words = ("sampling.steps=50", "algorithm.window_start=0.98")
+    assert cut_to_one_update(config(*words), resolve("tiny-sd")).sampling.steps == 50
 
 
 def test_accumulated_gradients_are_counted_where_a_minibatch_has_one_loss() -> None:

@@ -23,14 +23,13 @@ CALLS = 10_000
 
 def gradients(name: str, overrides: Sequence[str], iterations: int) -> tuple[torch.Tensor, float]:
     """[N, parameters] float64, and calls per iteration."""
-    from diffusion_align import Policy
-    from diffusion_align.assemble.loading import load_rewards
+    from diffusion_align.assemble.loading import load_policy, load_rewards
     from diffusion_align.assemble.named import load_algorithm, training_prompts
     from diffusion_align.config import load_config
 
     config = load_config(name, overrides)
     assert config.lora is not None, "the gradient of an adapter is measured"
-    policy = Policy.load(config.model.id, lora_rank=config.lora.rank, lora_alpha=config.lora.alpha)
+    policy = load_policy(config)
     reward = load_rewards([config.reward], policy.device)[config.reward]
     method = load_algorithm(config, policy, reward, training_prompts(config))
     parameters = policy.trainable_parameters()

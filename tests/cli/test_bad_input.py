@@ -187,7 +187,7 @@ BEFORE_TORCH: Mapping[str, Case] = {
     ),
     "targets beside a LoRA to go on from": (
         "train c.yaml lora.path=lora lora.alpha=4 lora.targets=[to_q]",
-        ["lora.alpha  is that of the LoRA in lora", "leave alpha or path out"],
+        ["lora.alpha  is that of the LoRA in lora", "set alpha=null, or leave path out"],
     ),
     "pictures among others": (
         "sample model --prompts p.txt --out pictures",

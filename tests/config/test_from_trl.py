@@ -205,6 +205,7 @@ def test_the_python_of_the_page_is_python_and_its_prompts_are_prompts() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     assert len(blocks) == 2
     compiled = [compile(block, "docs/from_trl.md", "exec") for block in blocks]
+    assert 'lora_init="gaussian"' in blocks[0]  # the learning rate is of this start
     names: dict[str, object] = {}
     exec(compiled[1], names)
     texts = [prompt.text for prompt in load_prompts(names["prompts"])]  # type: ignore[arg-type]

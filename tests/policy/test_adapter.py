@@ -268,6 +268,13 @@ def test_gaussian_first_matrices_have_one_width_and_published_ones_are_so(
         assert lora is not None and (lora.init, lora.rank, lora.alpha) == ("gaussian", 4, 4)
 
 
+def test_an_unknown_init_and_one_beside_a_path_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="'guassian' is none of kaiming, gaussian"):
+        Policy.load(folders["eps"], lora_rank=4, lora_init="guassian")  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="init of a LoRA that is continued"):
+        Policy.load(folders["eps"], lora_path="x", lora_init="gaussian")
+
+
 def test_a_seed_of_any_size_draws_a_lora(folders: dict[str, Path]) -> None:
     for seed in (10**20, -3):
         assert Policy.load(folders["eps"], lora_rank=2, seed=seed).trainable_parameters()

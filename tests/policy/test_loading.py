@@ -124,6 +124,20 @@ BETAS: dict[str, Any] = {
 }
 
 
+def test_what_a_sparse_scheduler_file_leaves_out_is_filled_up_for_latents(
+    tiny: Any, tmp_path: Path
+) -> None:
+    """diffusers notes which values were defaults, and would put DDIM's own in their place."""
+    tiny.stable_diffusion(PNDMScheduler(**BETAS, skip_prk_steps=True)).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    kept = ("_class_name", "_diffusers_version", *BETAS, "skip_prk_steps")
+    said = json.loads(path.read_text())
+    path.write_text(json.dumps({name: said[name] for name in kept}))
+    config = Policy.load(tmp_path).pipeline.scheduler.config
+    found = (config["clip_sample"], config["set_alpha_to_one"], config["steps_offset"])
+    assert found == (False, False, 1)
+
+
 @pytest.mark.parametrize(
     "scheduler",
     [

@@ -7,11 +7,14 @@ import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
 from huggingface_hub import ModelCard
 
+from diffusion_align.policy.loading import use_ddim
 from diffusion_align.publish.card import (
     Base,
     Card,
@@ -267,3 +270,19 @@ def test_the_card_of_a_reward_says_what_its_file_says() -> None:
     assert "| pair accuracy | 0.7500 |" in made.text and "<script" not in made.text
     nothing: Any = ModelCard(render_reward(replace(card, licence="", validation=()), same))
     assert nothing.data.license == "other" and "Nothing was held out" in nothing.text
+
+
+def test_the_examples_scheduler_is_the_one_that_training_used() -> None:
+    """Also where the base's file leaves out what DDIM would fill with its own defaults."""
+    sparse = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    lines = example(CARD).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("config = "))
+    code = "\n".join(lines[start : start + 3])
+    for old in (PNDMScheduler, EulerDiscreteScheduler):
+        theirs = SimpleNamespace(scheduler=old.from_config(sparse))
+        ours = SimpleNamespace(scheduler=old.from_config(sparse))
+        exec(code, {"DDIMScheduler": DDIMScheduler, "pipeline": theirs})
+        assert use_ddim(ours, "base") is not None
+        assert theirs.scheduler.config == ours.scheduler.config
+        assert theirs.scheduler.config.clip_sample is False
+        assert theirs.scheduler.config.set_alpha_to_one is False
