@@ -24,7 +24,7 @@ from diffusion_align.policy.conditioning import Conditioning
 from diffusion_align.policy.devices import device_of
 from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
-from diffusion_align.policy.latents import tokens_of
+from diffusion_align.policy.latents import latent_of, tokens_of
 from diffusion_align.policy.loading import dtype_of, library_bars, load_pipeline, with_size
 from diffusion_align.policy.options import LoRAInit
 from diffusion_align.policy.outline import outline_pipeline
@@ -404,13 +404,5 @@ class Policy:
         own = {self.family.latent_argument: state, self.family.timestep_argument: timestep}
         denoiser: Callable[..., Any] = self.denoiser
         output = denoiser(**own, **arguments)
-        return output[0] if isinstance(output, tuple) else output.sample
-
-    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        own_height, own_width = self.info.height, self.info.width
-        if own_height is None or own_width is None:
-            raise RuntimeError("the policy was built without its model's size")
-        height = own_height if height is None else height
-        width = own_width if width is None else width
-        self._encoder.check_size(height, width)
-        return height, width
+        predicted: Tensor = output[0] if isinstance(output, tuple) else output.sample
+        return latent_of(predicted, *x.shape[-2:]) if packed else predicted
