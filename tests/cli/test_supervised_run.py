@@ -46,6 +46,7 @@ reward: tiny-hps
 algorithm:
   name: draft
   preset: draft
+  range_check: "off"          # a model of random weights draws no pictures
   prompts_per_iteration: 2
   train_batch_size: 2
 supervised:
