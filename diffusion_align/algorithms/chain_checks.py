@@ -23,21 +23,16 @@ def with_gradient(reward: Reward) -> Reward:
     """
     if reward.info.differentiable:
         return reward
+    from reward_models.catalogue import differentiable
+
     lacking = getattr(reward, "without_gradient", ())
     because = f" (because of {', '.join(lacking)})" if lacking else ""
     raise UserError(
         f"has no gradient{because}, and draft back-propagates through the reward",
         where=f"reward {reward.info.name}",
-        fix=f"those that have one: {', '.join(differentiable_rewards())};\n"
+        fix=f"those that have one: {', '.join(sorted(differentiable()))};\n"
         "or use algorithm.name=ddpo, which needs none",
     )
-
-
-def differentiable_rewards() -> list[str]:
-    """Names of the catalogue's rewards that have a gradient."""
-    from reward_models.table import ROWS
-
-    return sorted(name for name, row in ROWS.items() if row.info.differentiable)
 
 
 def check_guidance(policy: Any, options: DraftOptions) -> None:

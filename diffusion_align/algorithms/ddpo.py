@@ -34,7 +34,7 @@ from diffusion_align.algorithms.collection import (
     reward_metrics,
     run_record,
 )
-from diffusion_align.algorithms.likelihood import Likelihood, branches
+from diffusion_align.algorithms.likelihood import Likelihood, branches, tells_guidance
 from diffusion_align.algorithms.losses import clipped_policy_loss
 from diffusion_align.algorithms.online import Online
 from diffusion_align.algorithms.options import DDPOOptions
@@ -111,7 +111,9 @@ class DDPO:
         if o.step_weights == "prediction":
             weights = self._likelihood.by_leverage(self._steps)
             self._likelihood = replace(self._likelihood, weights=weights)
-        self._guidance = self.sampling.guidance_scale if o.train_guidance else 1.0
+        # A network that is told its guidance has no unguided branch: 1 would be another policy.
+        guided = o.train_guidance or tells_guidance(policy)
+        self._guidance = self.sampling.guidance_scale if guided else 1.0
         self._online = Online(policy, prompts, o, self.sampling, seed)
         self._replays: bool | None = None  # None: the replay check has not run yet
 

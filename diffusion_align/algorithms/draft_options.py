@@ -9,12 +9,12 @@ from diffusion_align.algorithms.gradient_plan import (
     Active,
     Cut,
     GradientPlan,
-    GuidanceGradient,
     RewardInput,
 )
 from diffusion_align.algorithms.gradient_presets import PRESETS, REWARD_FRAMES, Preset
 from diffusion_align.algorithms.options import fewest_prompts
 from diffusion_align.errors import OptionError
+from diffusion_align.policy.options import GuidanceGradient
 from diffusion_align.ranges import at_least, nearest_divisors, positive, require, words
 
 _AS_PRESET = "; null = as the preset says"

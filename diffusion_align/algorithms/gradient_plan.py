@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Literal
 
 from diffusion_align.algorithms.options import window
 from diffusion_align.errors import OptionError
+from diffusion_align.policy.options import GuidanceGradient
 from diffusion_align.ranges import at_least, positive, require, words
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 RewardInput = Literal["x_0", "estimate"]
 Active = Literal["last", "uniform", "interval", "cut", "all", "chosen"]
 Cut = Literal["normal", "uniform"]
-GuidanceGradient = Literal["both", "conditional"]
 
 COUNTED: tuple[Active, ...] = ("last", "uniform", "interval")
 """Choices of active steps that read `active_steps`."""

@@ -145,7 +145,7 @@ class StatedRange:
         """Beyond these a score is a fault: bounds but for rounding, observations by their width.
 
         What is optimised leaves the range of photographs, which is what it is optimised for; no
-        published run went as far as that range is wide (HPS v2.1, about 0.2 to 0.33: 0.41).
+        published run's mean went as far as that range is wide (HPS v2.1, about 0.15 to 0.35: 0.41).
         """
         slack = (1.0 if self.about else SLACK) * (self.high - self.low)
         return self.low - slack, self.high + slack

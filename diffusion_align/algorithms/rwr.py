@@ -35,6 +35,7 @@ from diffusion_align.algorithms.collection import (
     reward_metrics,
     run_record,
 )
+from diffusion_align.algorithms.likelihood import tells_guidance
 from diffusion_align.algorithms.losses import weighted_denoising_loss
 from diffusion_align.algorithms.online import Online
 from diffusion_align.algorithms.rwr_options import RWROptions
@@ -135,8 +136,9 @@ class RWR:
         self._schedule = policy.schedule(s.steps, height=s.height, width=s.width)
         self._timesteps = self._schedule.timesteps.to(policy.device)
         self._copies = o.trained_steps(len(self._schedule))
-        self._online = Online(policy, prompts, o, self.sampling, seed)
-        s = self.sampling
+        # A network that is told its guidance has no conditional branch to fit by itself.
+        self._guidance = s.guidance_scale if tells_guidance(policy) else 1.0
+        self._online = Online(policy, prompts, o, s, seed)
         noisy = self._schedule.stochastic_steps(
             eta=s.eta, flow_kind=s.flow_kind, noise_level=s.noise_level
         )
@@ -162,7 +164,8 @@ class RWR:
             f"weights: {how}; 1 on average",
             f"one iteration: {o.prompts_per_iteration} prompts x {o.samples_per_prompt} samples, "
             f"{self._copies} of {self.sampling.steps} timesteps of each in {o.inner_epochs} inner "
-            f"epochs, guidance {self.sampling.guidance_scale:g} in sampling and none in training",
+            f"epochs, guidance {self.sampling.guidance_scale:g} in sampling and "
+            f"{'none' if self._guidance == 1 else f'{self._guidance:g}'} in training",
         ]
 
     def record(self) -> dict[str, Any]:
@@ -303,7 +306,7 @@ class RWR:
                 add_noise(x_0, eps, alpha, sigma),
                 self._timesteps[steps],
                 minibatch.cond if size == 1 else minibatch.cond.take(item),
-                guidance_scale=1.0,
+                guidance_scale=self._guidance,
             )
             wanted = target(x_0, eps, alpha, sigma, self._schedule.prediction)
             weights = minibatch.weights.repeat_interleave(size)

@@ -111,7 +111,9 @@ def estimate(config: RunConfig) -> Estimate:
 
 def _stored(amount: Amount, steps_of_part: int, dry: DryRun) -> dict[str, int]:
     """What an iteration of this amount keeps, by term."""
-    latents = amount.steps + 1 if dry.latents == steps_of_part + 1 else dry.latents
+    # Methods that keep likelihoods keep whole trajectories, one latent more than steps.
+    whole = dry.log_probs and dry.latents == steps_of_part + 1
+    latents = amount.steps + 1 if whole else dry.latents
     log_probs = FLOAT * amount.samples * amount.steps
     return {
         "stored latents": FLOAT * amount.samples * latents * dry.latent,

@@ -1,7 +1,8 @@
 """Base against tuned: generate, score, measure, report.
 
 Both models draw the prompts slice by slice (`measuring`), and the pictures are written. Scores are
-those of the written 8-bit pictures: scoring the PNGs again gives the same numbers.
+those of the written 8-bit pictures: scoring the PNGs again gives the same numbers. (Of clips all
+frames are scored and a strip of four is written.)
 """
 
 from __future__ import annotations

@@ -78,7 +78,13 @@ def measure_slice(
     table: Table = {}
     for name, reward in rewards.items():
         table |= score_pictures(
-            reward, name, pictures, prompts, device=policy.device, batch_size=batch_size
+            reward,
+            name,
+            pictures,
+            prompts,
+            device=policy.device,
+            batch_size=batch_size,
+            fps=policy.info.fps,
         )
     spread = [
         diversity(samples[valid].to(policy.device), features)

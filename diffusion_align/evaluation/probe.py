@@ -139,6 +139,7 @@ class Probe:
                         self._prompts,
                         device=self._policy.device,
                         batch_size=self._sampling.batch_size,
+                        fps=self._policy.info.fps,
                     )[name]
                     for name, reward in self._rewards.items()
                 },

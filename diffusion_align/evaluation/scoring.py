@@ -30,12 +30,14 @@ def score_pictures(
     *,
     device: torch.device | str = "cpu",
     batch_size: int = 32,
+    fps: float | None = None,
 ) -> dict[str, Floats]:
     """Score `pictures` of P `prompts` with one reward.
 
     Args:
         name: what the reward is called in the result.
         device: where the pixels are put for the scorer.
+        fps: of clips, frames per second; None where unknown.
         batch_size: pictures per call; a reward of scope `group` gets one prompt's samples a call.
 
     Returns:
@@ -60,7 +62,7 @@ def score_pictures(
         rows = slice(start, start + size)
         media = flat[rows].to(device).float() / 255.0
         scores = check_scores(
-            reward.score(media, texts[rows], metadata=metadata[rows] if told else None),
+            reward.score(media, texts[rows], fps=fps, metadata=metadata[rows] if told else None),
             len(media),
             name,
         )

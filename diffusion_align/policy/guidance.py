@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from diffusion_align.policy.conditioning import Branch, Conditioning, join
 from diffusion_align.policy.families import Family
+from diffusion_align.policy.options import GuidanceGradient
 
 Forward = Callable[[Tensor, Tensor, dict[str, Any]], Tensor]
 """(x_t [N, ...], timestep [N], the denoiser's other arguments) -> prediction [N, ...]."""
-
-
-GuidanceGradient = Literal["both", "conditional"]
-"""Which branches a gradient flows through."""
 
 
 class GuidanceRule(Protocol):

@@ -11,6 +11,8 @@ from diffusion_align.ranges import at_least, positive, require, words
 DEFAULT_RANK = 8
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 LoRAInit = Literal["kaiming", "gaussian"]
+GuidanceGradient = Literal["both", "conditional"]
+"""Which guidance branches a gradient flows through."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from diffusion_align.policy.encoder import PromptEncoder
 from diffusion_align.policy.families import Family
 from diffusion_align.policy.latents import latent_of, tokens_of
 from diffusion_align.policy.loading import dtype_of, library_bars, load_pipeline, with_size
-from diffusion_align.policy.options import LoRAInit
+from diffusion_align.policy.options import GuidanceGradient, LoRAInit
 from diffusion_align.policy.outline import outline_pipeline
 from diffusion_align.policy.scheduling import schedule_of, use_gaussian_steps
 
@@ -250,7 +250,7 @@ class Policy:
         cond: Conditioning,
         guidance_scale: float,
         *,
-        guidance_gradient: guidance.GuidanceGradient = "both",
+        guidance_gradient: GuidanceGradient = "both",
     ) -> Tensor:
         """The denoiser's output with guidance inside; gradients flow to x_t and the parameters.
 

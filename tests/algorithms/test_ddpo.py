@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,3 +203,27 @@ def test_the_clip_range_is_told_in_both_units(toy: ModuleType) -> None:
     assert (
         "0.025 in the mean over 4 dimensions, 0.1 nats" in make(toy, clip_unit="nats").describe()[0]
     )
+
+
+def test_a_network_that_is_told_its_guidance_is_trained_with_what_it_sampled_at(
+    toy: ModuleType,
+) -> None:
+    """It has no unguided branch: another scale would be another policy."""
+    policy = toy.ToyPolicy()
+    sampling = SamplingOptions(steps=6, guidance_scale=3.0)
+    for family, expected in ((None, 1.0), (SimpleNamespace(guidance="embedded"), 3.0)):
+        policy.family = family
+        ddpo = DDPO(
+            policy,
+            toy.Brightness(),
+            ["a"],
+            options=DDPOOptions(
+                prompts_per_iteration=4,
+                samples_per_prompt=1,
+                train_batch_size=4,
+                train_guidance=False,
+            ),
+            sampling=sampling,
+        )
+        (line,) = (text for text in ddpo.describe() if text.startswith("one iteration"))
+        assert f"guidance 3 in sampling and {expected:g} in training" in line

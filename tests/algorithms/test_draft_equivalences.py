@@ -140,7 +140,7 @@ def test_pictures_are_those_of_any_other_rollout(world: ModuleType, tools: Modul
     assert kept.places == (4, 5)  # of 6 steps, only what two active ones need
 
 
-def test_both_engines_make_the_calls_that_are_counted(world: ModuleType, tools: ModuleType) -> None:
+def test_replay_makes_the_calls_that_are_counted(world: ModuleType, tools: ModuleType) -> None:
     """Per sample 6 sampled and 2 copies; 1 + 2 re-run, pairs of which one half has a graph."""
     draft = tools.make(world, preset="draft-lv")
     batch = draft.collect(0)

@@ -156,3 +156,12 @@ def test_the_command_shows_estimate_and_measured_beside_one_another() -> None:
     for said in ("decoding: activations", "the most at once", "One real update", "is drawn for"):
         assert said in done.stdout
     assert "measured beside estimated" in done.stdout
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_latents_of_the_active_steps_are_stored_and_no_others(count: int) -> None:
+    """Without noise: K active ones, what they lead to, and its gradient."""
+    words = ("algorithm.preset=draft-k", f"algorithm.active_steps={count}", "sampling.eta=0")
+    found = estimate(config(*words))
+    latent = 4 * 8 * 8
+    assert found.collected["stored latents"] == 4 * 8 * (count + 2) * latent

@@ -66,7 +66,8 @@ def judge(name: str, seed: int, overrides: list[str], adapter: Path | None, by: 
     ):
         drawn = generate(policy, prompts, SEEDS, sampling, run_seed=seed, first_position=first)
         for reward_name, reward in rewards.items():
-            scores = score_pictures(reward, reward_name, drawn, prompts)[reward_name]
+            scored = score_pictures(reward, reward_name, drawn, prompts, fps=policy.info.fps)
+            scores = scored[reward_name]
             means[f"{kind}/{reward_name}"] = np.nanmean(scores, axis=1).tolist()
     return Judged(name, seed, overrides, by, means)
 
