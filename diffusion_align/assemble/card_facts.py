@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from diffusion_align.errors import UserError
 
 if TYPE_CHECKING:
     from diffusion_align.config import RunConfig
+    from diffusion_align.policy.families import Family
     from diffusion_align.policy.tuned import Tuned
     from diffusion_align.publish.card import Base, Card, Comparison, Kind, RewardFacts
 
@@ -32,7 +33,7 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         check: the self-check in a sentence, or "".
 
     Raises:
-        UserError: a damaged `summary.json`.
+        UserError: a damaged `summary.json`, or a base model of which nothing is known.
     """
     from diffusion_align import __version__
     from diffusion_align.algorithms import catalogue
@@ -47,9 +48,13 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
     from diffusion_align.policy.catalogue import resolve
     from diffusion_align.publish.card import Card
     from diffusion_align.publish.contents import COMFYUI_FILE
+    from diffusion_align.publish.example import loads_lora
     from diffusion_align.secrecy.redaction import redact
 
     info, method = resolve(config.model.id), catalogue.resolve(config.algorithm.name)
+    family, scheduler = _pipeline_of(config, tuned, kind)
+    if not info.family:  # a hub id that the catalogue does not know: as it was sampled
+        info = replace(info, steps=family.steps, guidance_scale=family.guidance_scale)
     learnt = [prompt.text for prompt in training_prompts(config)]
     examples = [prompt.text for prompt in heldout_prompts(config)[:1]]
     drawn, names = evaluation_sampling(config.sampling, config.evaluation), trained_on(config)
@@ -58,7 +63,9 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         name=redact(Path(str(config.output)).name),
         kind=kind,
         base=_base(config),
-        family=info.family,
+        family=family,
+        scheduler=scheduler,
+        loads_lora=loads_lora(family),
         method=method.name,
         description=method.description,
         citation=method.source,
@@ -76,6 +83,8 @@ def card_of(config: RunConfig, tuned: Tuned, kind: Kind, check: str) -> Card:
         eta=drawn.eta,
         height=drawn.height or info.height,
         width=drawn.width or info.width,
+        frames=None if family.frames is None else drawn.frames or info.frames,
+        fps=info.fps or _fps(family),
         example=redact(" ".join(examples)),
         comfyui=kind == "lora" and (tuned.folder / COMFYUI_FILE).is_file(),
         check=check,
@@ -158,6 +167,44 @@ def _base(config: RunConfig) -> Base:
         return Base(name, "", info.licence, ascii(name))
     revision = config.model.revision
     return Base(info.name, info.source, info.licence, ascii(info.source), revision=revision)
+
+
+def _pipeline_of(config: RunConfig, tuned: Tuned, kind: Kind) -> tuple[Family, str]:
+    """The family, and the scheduler that the example's base comes with ("" where unknown).
+
+    Both stand in `model_index.json`, of a hub id in the cache: who has trained, has loaded it.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    from diffusion_align.policy.catalogue import resolve
+    from diffusion_align.policy.families import FAMILIES, family_of
+    from diffusion_align.policy.tuned import MODEL_FILE
+
+    info = resolve(config.model.id)
+    folder = tuned.folder if kind == "model" else Path(info.source).expanduser()
+    found: Any = folder / MODEL_FILE
+    try:
+        if not found.is_file():
+            revision = config.model.revision
+            found = try_to_load_from_cache(info.source, MODEL_FILE, revision=revision)
+        index = json.loads(Path(found).read_text(encoding="utf-8"))
+        return family_of(index["_class_name"], where=info.name), index["scheduler"][1]
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        for family in FAMILIES:
+            if family.name == info.family:
+                return family, ""
+        raise UserError(
+            "which pipeline this is, is not known before it is loaded",
+            where=info.name,
+            fix="leave --no-check out: then it is loaded",
+        ) from error
+
+
+def _fps(family: Family) -> float | None:
+    """Of a model that the catalogue does not know: what others of its family were trained on."""
+    from diffusion_align.policy.catalogue import MODELS
+
+    return next((info.fps for info in MODELS.values() if info.family == family.name), None)
 
 
 def _rewards(name: str) -> tuple[RewardFacts, ...]:

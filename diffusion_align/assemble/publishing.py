@@ -25,7 +25,7 @@ Say = Callable[[str], None]
 
 CHECKED_AT_ONCE = 100_000_000
 """Parameters of a pipeline up to which a run ends with the self-check; above, `push` makes it."""
-_PICTURES, _STEPS = 2, 4
+_PICTURES, _CLIPS, _STEPS = 2, 1, 4
 
 
 def publish_run(config: RunConfig, policy: Policy, folder: Path, say: Say) -> str:
@@ -171,19 +171,19 @@ def merge_run(run: Path, out: Path, *, dtype: str, check: bool, device: str, say
         drawn = _draw(config, policy)
         own = pipeline.scheduler
         pipeline.scheduler = policy.pipeline.scheduler
-        difference = float(
-            (draw_plainly(pipeline.to(policy.device), drawn) - drawn.pixels).abs().max()
-        )
+        again = draw_plainly(pipeline.to(policy.device), policy.family, drawn)
+        difference = float((again - drawn.pixels).abs().max())
         pipeline.to("cpu")
         pipeline.scheduler = own
+        media = "pictures" if policy.family.frames is None else "clips"
         if not difference <= TOLERANCE:
             raise UserError(
-                f"the merged model draws other pictures than the LoRA (by up to {difference:.1e})",
+                f"the merged model draws other {media} than the LoRA (by up to {difference:.1e})",
                 where=str(lora),
                 fix="report this; --no-check merges all the same",
             )
         sentence = (
-            f"before it was stored as {dtype}, the merged model drew the pictures of its LoRA "
+            f"before it was stored as {dtype}, the merged model drew the {media} of its LoRA "
             f"(largest difference of a pixel {difference:.1e}, bar {TOLERANCE:.0e})"
         )
         say(sentence)
@@ -257,7 +257,7 @@ def _is_cheap(policy: Policy) -> bool:
 
 
 def _draw(config: RunConfig, policy: Policy) -> Drawn:
-    """A few pictures of the policy in evaluation noise, in few steps, without sampling noise."""
+    """A few pictures of the policy, or a clip, in evaluation noise, in few steps without noise."""
     import torch
 
     from diffusion_align import tf32
@@ -267,7 +267,7 @@ def _draw(config: RunConfig, policy: Policy) -> Drawn:
     from diffusion_align.sampling.rollout import rollout
 
     how = resolve_sampling(config.sampling, policy.info)
-    prompts = heldout_prompts(config)[:_PICTURES]
+    prompts = heldout_prompts(config)[: _PICTURES if policy.family.frames is None else _CLIPS]
     steps = min(how.steps, _STEPS)
     texts, negatives = [p.text for p in prompts], [p.negative for p in prompts]
 
@@ -284,6 +284,7 @@ def _draw(config: RunConfig, policy: Policy) -> Drawn:
             guidance_scale=how.guidance_scale,
             height=how.height,
             width=how.width,
+            frames=how.frames,
         )
         drawn = rollout(
             policy,
@@ -297,4 +298,14 @@ def _draw(config: RunConfig, policy: Policy) -> Drawn:
         )
         pixels = policy.decode(drawn.x_0).float().cpu()
     noise = normal(streams(), conditioning.latent_shape)
-    return Drawn(texts, negatives, noise, pixels, steps, how.guidance_scale, how.height, how.width)
+    return Drawn(
+        texts,
+        negatives,
+        noise,
+        pixels,
+        steps,
+        how.guidance_scale,
+        how.height,
+        how.width,
+        how.frames,
+    )

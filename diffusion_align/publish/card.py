@@ -20,13 +20,12 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_align.errors import UserError
-from diffusion_align.policy.families import DDIM_DEFAULTS
-from diffusion_align.policy.tuned import LORA_FILE
+from diffusion_align.policy.families import Family
+from diffusion_align.publish.example import example, loading_from
 from diffusion_align.publish.markdown import escaped
 from diffusion_align.publish.signature import CARD_FILE, is_untouched, signed
 
 Kind = Literal["lora", "model", "merged"]
-_HERE = "'.'"
 MIN_PROMPTS = 20  # below this the comparison gives no verdict
 
 # Names of the catalogue -> identifiers of the hub. Any other licence is "other" there.
@@ -101,9 +100,12 @@ class Card:
         prompts: in words (a list's name), how many, and a few of them.
         trained_on: names of `rewards`, as the comparison calls them.
         settings: (key, value) of the run's config.
-        family: of the pipeline; "" where it is not known.
-        steps, guidance_scale, eta, height, width: of the sampling in the example; a size of None is
-            the model's own.
+        family: of the pipeline.
+        scheduler: class that the example's base comes with; "" where it is not known.
+        loads_lora: whether diffusers itself loads a LoRA into this pipeline.
+        steps, guidance_scale, eta, height, width, frames: of the sampling in the example; a size or
+            length of None is the model's own. Only DDIM has an eta, only clips have frames.
+        fps: of the clips; None where it is not known.
         example: its prompt.
         comfyui: whether a LoRA in ComfyUI's layout lies beside.
         check: the self-check in a sentence; "" where none was made.
@@ -113,7 +115,9 @@ class Card:
     name: str
     kind: Kind
     base: Base
-    family: str
+    family: Family
+    scheduler: str
+    loads_lora: bool
     method: str
     description: str
     citation: str
@@ -129,6 +133,8 @@ class Card:
     eta: float
     height: int | None
     width: int | None
+    frames: int | None
+    fps: float | None
     example: str
     comfyui: bool
     check: str
@@ -182,43 +188,7 @@ def licence_id(licence: str) -> str:
 
 def relocated(text: str, where: str) -> str:
     """A card as `render` wrote it, whose example loads from the hub id `where`, signed again."""
-    body = text[: text.rindex("<!--")]
-    for call in ("from_pretrained", "load_lora_weights"):
-        body = body.replace(f"{call}({_HERE}", f"{call}({where!a}")
-    return signed(body)
-
-
-def example(card: Card) -> str:
-    """Python that loads and draws; every value in it is a literal."""
-    sizes = (("height", card.height), ("width", card.width))
-    revision = f", revision={card.base.revision!r}" if card.base.revision else ""
-    lines = ["from diffusers import DDIMScheduler, DiffusionPipeline"]
-    if card.base.imports and card.kind == "lora":
-        lines.append(card.base.imports)
-    lines.append("")
-    if card.kind == "lora":
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({card.base.code}{revision})")
-    else:
-        lines.append(f"pipeline = DiffusionPipeline.from_pretrained({_HERE})")
-    # As `Policy.load` does: DDIM's own defaults, where the base says nothing, would clip latents.
-    lines += [
-        "config = pipeline.scheduler.config",
-        f"kept = {{name: config.get(name, value) for name, value in {DDIM_DEFAULTS!r}.items()}}",
-        "pipeline.scheduler = DDIMScheduler.from_config(config, **kept)",
-    ]
-    if card.kind == "lora":
-        lines.append(f"pipeline.load_lora_weights({_HERE}, weight_name={LORA_FILE!r})")
-    lines += [
-        "image = pipeline(",
-        f"    {card.example!a},",
-        f"    num_inference_steps={card.steps},",
-        f"    guidance_scale={card.guidance_scale:g},",
-        f"    eta={card.eta:g},",
-        *(f"    {side}={size}," for side, size in sizes if size is not None),
-        ").images[0]",
-        'image.save("picture.png")',
-    ]
-    return "\n".join(lines)
+    return signed(loading_from(text[: text.rindex("<!--")], where))
 
 
 def limits(card: Card) -> list[str]:
@@ -256,7 +226,7 @@ def limits(card: Card) -> list[str]:
             )
     if not card.check:
         found.append("The files were not loaded again and checked after they were written.")
-    elif "OTHER PICTURES" in card.check:
+    elif any(word in card.check for word in ("OTHER PICTURES", "OTHER CLIPS")):
         found.append("The check after writing failed, see above: do not rely on these files.")
     found.append(
         "A reward is a model of taste, not taste, and no person has rated these pictures. What the "
@@ -306,11 +276,12 @@ def _front_matter(card: Card) -> str:
     if known == "other":
         fields["license_name"] = _slug(card.base.licence) or "unknown"
     fields["library_name"] = "diffusers"
-    fields["pipeline_tag"] = "text-to-image"
+    task = f"text-to-{card.family.modality}"
+    fields["pipeline_tag"] = task
     if card.base.hub_id:
         fields["base_model"] = card.base.hub_id
         fields["base_model_relation"] = "adapter" if card.kind == "lora" else "finetune"
-    tags = ["text-to-image", "diffusers", card.family, "diffusion-align", card.method]
+    tags = [task, "diffusers", card.family.name, "diffusion-align", card.method]
     if card.kind == "lora":
         tags += ["lora", *(["comfyui"] if card.comfyui else [])]
     fields["tags"] = list(dict.fromkeys(tag for tag in tags if tag))

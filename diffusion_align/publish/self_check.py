@@ -1,10 +1,11 @@
-"""What was written, loaded again by plain diffusers, draws the pictures of the policy.
+"""What was written, loaded again by plain diffusers, draws the pictures or clips of the policy.
 
 A LoRA can be saved without its alpha, with a layer missing, or under keys that a loader skips in
 silence: the file looks sound and the pictures are others. So pictures are drawn three times from
 the same noise by a pipeline that knows nothing of this package: without the LoRA, with
 `pytorch_lora_weights.safetensors`, and with `comfyui_lora.safetensors` through diffusers' own
-loader of kohya-style keys.
+loader of kohya-style keys. What diffusers has no LoRA loader for is loaded with this package's, and
+the result says so.
 """
 
 from __future__ import annotations
@@ -20,10 +21,13 @@ from torch import Tensor
 from diffusion_align import tf32
 from diffusion_align.policy.adapter import loader_notices_off
 from diffusion_align.policy.catalogue import ModelInfo, resolve
+from diffusion_align.policy.families import Family
+from diffusion_align.policy.latents import tokens_of
 from diffusion_align.policy.loading import load_pipeline
 from diffusion_align.policy.scheduling import use_gaussian_steps
 from diffusion_align.policy.tuned import Tuned
 from diffusion_align.publish.contents import COMFYUI_FILE
+from diffusion_align.publish.example import loads_lora, media, own_arguments
 
 TOLERANCE = 1e-5
 """Of pixels in [0, 1], in float32."""
@@ -36,8 +40,9 @@ class Drawn:
     Args:
         prompts: B texts; negatives: B texts, empty where there is none.
         noise: float32 [B, *latent_shape], standard normal.
-        pixels: float32 [B, 3, H, W] in [0, 1], of the policy, drawn with eta = 0.
-        steps, guidance_scale, height, width: of the sampling.
+        pixels: float32 [B, 3, H, W] in [0, 1], of clips [B, F, 3, H, W]; of the policy, drawn
+            without noise between the steps.
+        steps, guidance_scale, height, width, frames: of the sampling; frames is None for images.
     """
 
     prompts: Sequence[str]
@@ -48,6 +53,7 @@ class Drawn:
     guidance_scale: float
     height: int
     width: int
+    frames: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,8 @@ class SelfCheck:
         comfyui: from the policy's pictures, the ComfyUI file; None where there is none.
         change: between the policy's pictures and the base model's.
         pictures, steps: how many, drawn in how many steps.
+        clips: whether these pictures move.
+        plain: whether diffusers alone loaded them, without this package's LoRA loader.
     """
 
     reloaded: float
@@ -66,6 +74,8 @@ class SelfCheck:
     change: float
     pictures: int
     steps: int
+    clips: bool = False
+    plain: bool = True
 
     @property
     def same(self) -> bool:
@@ -87,15 +97,18 @@ class SelfCheck:
         files = f"largest difference of a pixel {self.reloaded:.1e}"
         if self.comfyui is not None:
             files += f", of the ComfyUI file {self.comfyui:.1e}"
-        word = "the same pictures" if self.same else "OTHER PICTURES than the policy"
+        kind = "clips" if self.clips else "pictures"
+        word = f"the same {kind}" if self.same else f"OTHER {kind.upper()} than the policy"
+        count = f"{self.pictures} {kind if self.pictures > 1 else kind[:-1]}"
+        loader = "plain diffusers" if self.plain else "diffusers and this package's LoRA loader"
         changed = (
             f"the base model's differ by up to {self.change:.3f}"
             if self.changes
             else f"but they are the base model's as well (they differ by {self.change:.1e})"
         )
         return (
-            f"loaded again by plain diffusers: {word} ({files}, bar {TOLERANCE:.0e}; "
-            f"{self.pictures} pictures in {self.steps} steps); {changed}"
+            f"loaded again by {loader}: {word} ({files}, bar {TOLERANCE:.0e}; "
+            f"{count} in {self.steps} steps); {changed}"
         )
 
 
@@ -115,70 +128,83 @@ def self_check(
         UserError: a model that cannot be loaded.
     """
     info = resolve(model)
-    pipeline = _fresh(info, device, revision)
+    pipeline, family = _fresh(info, device, revision)
     comfyui: float | None = None
     with tf32.switched_off(), torch.no_grad():
-        base = _draw(pipeline, drawn)
+        base = _draw(pipeline, family, drawn)
         if tuned.whole:
-            own = resolve(tuned.path)
-            reloaded = _distance(_draw(_fresh(own, device, None), drawn), drawn.pixels)
+            whole, _ = _fresh(resolve(tuned.path), device, None)
+            reloaded = _distance(_draw(whole, family, drawn), drawn.pixels)
         else:
-            reloaded = _distance(_with_lora(pipeline, tuned.path, drawn), drawn.pixels)
+            reloaded = _distance(_with_lora(pipeline, family, tuned.path, drawn), drawn.pixels)
             beside = tuned.path.with_name(COMFYUI_FILE)
             if beside.is_file() and beside != tuned.path:
-                comfyui = _distance(_with_lora(pipeline, beside, drawn), drawn.pixels)
+                comfyui = _distance(_with_lora(pipeline, family, beside, drawn), drawn.pixels)
     change = _distance(base, drawn.pixels)
-    return SelfCheck(reloaded, comfyui, change, len(drawn.prompts), drawn.steps)
+    return SelfCheck(
+        reloaded,
+        comfyui,
+        change,
+        len(drawn.prompts),
+        drawn.steps,
+        clips=family.frames is not None,
+        plain=tuned.whole or loads_lora(family),
+    )
 
 
-def draw_plainly(pipeline: Any, drawn: Drawn) -> Tensor:
-    """Pictures of a diffusers pipeline by its own call: float32 [B, 3, H, W] on the CPU."""
+def draw_plainly(pipeline: Any, family: Family, drawn: Drawn) -> Tensor:
+    """Pictures of a diffusers pipeline by its own call: as `Drawn.pixels`, on the CPU."""
     with tf32.switched_off(), torch.no_grad():
-        return _draw(pipeline, drawn)
+        return _draw(pipeline, family, drawn)
 
 
-def _fresh(info: ModelInfo, device: torch.device, revision: str | None) -> Any:
+def _fresh(info: ModelInfo, device: torch.device, revision: str | None) -> tuple[Any, Family]:
     pipeline, family = load_pipeline(
         info, revision=revision, dtype=torch.float32, denoiser_dtype=torch.float32
     )
     use_gaussian_steps(pipeline, family, info.name)
-    return pipeline.to(device)
+    return pipeline.to(device), family
 
 
-def _with_lora(pipeline: Any, file: Path, drawn: Drawn) -> Tensor:
+def _with_lora(pipeline: Any, family: Family, file: Path, drawn: Drawn) -> Tensor:
     with loader_notices_off():
         pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     try:
-        return _draw(pipeline, drawn)
+        return _draw(pipeline, family, drawn)
     finally:
         pipeline.unload_lora_weights()
 
 
-def _draw(pipeline: Any, drawn: Drawn) -> Tensor:
+def _draw(pipeline: Any, family: Family, drawn: Drawn) -> Tensor:
     """All at once, or item by item where only some have a negative prompt.
 
     No negative prompt and an empty one are not the same to SDXL, and a list cannot hold both.
     """
     if all(drawn.negatives) or not any(drawn.negatives):
-        return _call(pipeline, drawn, slice(None))
+        return _call(pipeline, family, drawn, slice(None))
     items = [slice(i, i + 1) for i in range(len(drawn.prompts))]
-    return torch.cat([_call(pipeline, drawn, item) for item in items])
+    return torch.cat([_call(pipeline, family, drawn, item) for item in items])
 
 
-def _call(pipeline: Any, drawn: Drawn, items: slice) -> Tensor:
-    negatives = list(drawn.negatives[items])
-    images: Tensor = pipeline(
-        prompt=list(drawn.prompts[items]),
-        negative_prompt=negatives if any(negatives) else None,
-        latents=drawn.noise[items].to(pipeline.device),
+def _call(pipeline: Any, family: Family, drawn: Drawn, items: slice) -> Tensor:
+    prompts, negatives = list(drawn.prompts[items]), list(drawn.negatives[items])
+    scale = drawn.guidance_scale
+    own = own_arguments(family, guidance_scale=scale, eta=0.0, frames=drawn.frames)
+    # None is the pipeline's own default, where it has one.
+    own["negative_prompt"] = negatives if any(negatives) or "negative_prompt" in own else None
+    noise = drawn.noise[items].to(pipeline.device)
+    drawn_again = pipeline(
+        prompt=prompts,
+        latents=tokens_of(noise) if family.packing == "2x2" else noise,
         num_inference_steps=drawn.steps,
-        guidance_scale=drawn.guidance_scale,
+        guidance_scale=scale,
         height=drawn.height,
         width=drawn.width,
-        eta=0.0,
         output_type="pt",
-    ).images
-    return images.float().cpu()
+        **own,
+    )
+    pixels: Tensor = getattr(drawn_again, media(family))
+    return pixels.float().cpu()
 
 
 def _distance(one: Tensor, other: Tensor) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import html
+import inspect
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -10,23 +12,33 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    UniPCMultistepScheduler,
+)
 from huggingface_hub import ModelCard
 
+from diffusion_align.policy.families import FAMILIES, Family, family_of
 from diffusion_align.policy.loading import use_ddim
+from diffusion_align.policy.scheduling import use_gaussian_steps
 from diffusion_align.publish.card import (
     Base,
     Card,
     Comparison,
     Measure,
     RewardFacts,
-    example,
     limits,
     relocated,
     render,
     write_card,
 )
+from diffusion_align.publish.example import example
 from diffusion_align.publish.markdown import escaped
 from diffusion_align.publish.reward_card import RewardCard, render_reward
 from diffusion_align.publish.signature import is_untouched, signed
@@ -46,7 +58,9 @@ CARD = Card(
         "'stable-diffusion-v1-5/stable-diffusion-v1-5'",
         revision="main",
     ),
-    family="stable-diffusion",
+    family=family_of("StableDiffusionPipeline", where="card"),
+    scheduler="",
+    loads_lora=True,
     method="ddpo",
     description="policy gradient",
     citation="Black et al. 2023, arXiv 2305.13301",
@@ -62,6 +76,8 @@ CARD = Card(
     eta=0.0,
     height=512,
     width=512,
+    frames=None,
+    fps=None,
     example="a cat",
     comfyui=True,
     check="loaded again: the same pictures",
@@ -286,3 +302,87 @@ def test_the_examples_scheduler_is_the_one_that_training_used() -> None:
         assert theirs.scheduler.config == ours.scheduler.config
         assert theirs.scheduler.config.clip_sample is False
         assert theirs.scheduler.config.set_alpha_to_one is False
+
+
+def card_of(family: Family, **changes: Any) -> Card:
+    clips: dict[str, Any] = {} if family.frames is None else {"frames": 9, "fps": 8.0}
+    return replace(CARD, family=family, **clips, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_an_example_gives_a_pipeline_only_what_it_takes(family: Family) -> None:
+    """Held against diffusers' own signatures and its own loaders."""
+    for name in family.pipelines:
+        kind = getattr(diffusers, name)
+        loads = hasattr(kind, "load_lora_weights")
+        whole = parsed(card_of(family, loads_lora=loads, kind="merged"))
+        lora = parsed(card_of(family, loads_lora=loads))
+        for card in (lora, whole):
+            code = card.text.split("```python\n")[1].split("```")[0]
+            calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+            draws = next(c for c in calls if c.args and ast.unparse(c.args[0]) == "'a cat'")
+            given = {keyword.arg for keyword in draws.keywords}
+            assert given <= inspect.signature(kind.__call__).parameters.keys()
+            assert {"num_inference_steps", "guidance_scale", "height", "width"} <= given
+            assert ("eta" in given) == (family.schedule == "ddim")
+            assert ("num_frames" in given) == (family.frames is not None)
+            assert ("export_to_video(video, 'clip.mp4', fps=8)" in code.replace('"', "'")) == (
+                family.frames is not None
+            )
+            tag = "text-to-image" if family.frames is None else "text-to-video"
+            data = card.data.to_dict()
+            assert data["pipeline_tag"] == tag == data["tags"][0]
+        assert ("load_lora_weights" in lora.text) == loads
+        assert ("has no loader for a LoRA" in lora.text) == (not loads)
+        assert "has no loader" not in whole.text and "load_lora" not in whole.text
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_a_base_with_the_familys_own_scheduler_keeps_it(family: Family) -> None:
+    code = example(card_of(family, scheduler=family.scheduler))
+    assert "scheduler" not in code.lower()
+    other = example(card_of(family, scheduler="UniPCMultistepScheduler"))
+    assert f"import {', '.join(sorted(['DiffusionPipeline', family.scheduler]))}" in other
+
+
+@pytest.mark.parametrize(
+    ("name", "before"),
+    [
+        (
+            "WanPipeline",
+            UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+            ),
+        ),
+        ("WanPipeline", FlowMatchEulerDiscreteScheduler(shift=5.0, base_shift=0.25)),
+        (
+            "CogVideoXPipeline",
+            CogVideoXDPMScheduler(
+                prediction_type="v_prediction", snr_shift_scale=3.0, rescale_betas_zero_snr=True
+            ),
+        ),
+    ],
+)
+def test_the_examples_scheduler_of_clips_is_the_one_that_training_used(
+    name: str, before: Any
+) -> None:
+    family = family_of(name, where="card")
+    lines = example(card_of(family)).splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("config = "))
+    end = next(i for i, line in enumerate(lines) if line.startswith("pipeline.load_lora"))
+    theirs, ours = (SimpleNamespace(scheduler=before) for _ in range(2))
+    use_gaussian_steps(ours, family, "base")
+    exec("\n".join(lines[start:end]), {**vars(diffusers), "pipeline": theirs})
+    assert type(theirs.scheduler).__name__ == family.scheduler == type(ours.scheduler).__name__
+    assert theirs.scheduler.config == ours.scheduler.config
+
+
+def test_a_lora_that_diffusers_cannot_load_is_loaded_from_the_hub_by_this_package() -> None:
+    family = family_of("EasyAnimatePipeline", where="card")
+    card = card_of(family, loads_lora=False)
+    assert "lora_path='.', revision='main')" in example(card)
+    text = relocated(render(card, same), "me/mine")
+    code = text.split("```python\n")[1].split("```")[0]
+    compile(code, "example", "exec")
+    assert "lora_path=snapshot_download('me/mine')" in code and "'.'" not in code
+    assert code.count("from huggingface_hub import snapshot_download\n") == 1

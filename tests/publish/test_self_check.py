@@ -142,11 +142,15 @@ def test_a_merged_model_draws_the_pictures_of_its_lora(
     drawn, tuned = drawn_by(policy), saved(policy, tmp_path / "lora")
     merged = merge(str(folders[name]), tuned.path)
     assert not [key for key, _ in merged.unet.named_parameters() if "lora" in key]
-    torch.testing.assert_close(draw_plainly(merged, drawn), drawn.pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        draw_plainly(merged, policy.family, drawn), drawn.pixels, atol=1e-5, rtol=0
+    )
     save_merged(merged, tmp_path / "merged")
     again = DiffusionPipeline.from_pretrained(tmp_path / "merged")
     again.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(draw_plainly(again, drawn), drawn.pixels, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        draw_plainly(again, policy.family, drawn), drawn.pixels, atol=1e-5, rtol=0
+    )
     save_merged(merged, tmp_path / "half", "bfloat16")
     stored = load_file(tmp_path / "half" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
