@@ -80,7 +80,7 @@ class ToyPolicy:
         self.start = copy.deepcopy(self.denoiser).requires_grad_(False)
         self.device = torch.device("cpu")
         self.info = SimpleNamespace(
-            name="toy", steps=4, guidance_scale=1.0, height=2, width=2, frames=None
+            name="toy", steps=4, guidance_scale=1.0, height=2, width=2, frames=None, fps=None
         )
         self.calls = 0
 
