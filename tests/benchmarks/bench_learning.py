@@ -1,7 +1,7 @@
 """Reward against denoiser calls: curves of configs over seeds, and who gets there with fewer calls.
 
     python tests/benchmarks/bench_learning.py --out /tmp/learning \\
-        --configs ddpo_tiny_published ddpo_tiny_fast rwr_tiny --seeds 0 1 2
+        --configs ddpo_tiny_published ddpo_tiny_fast rwr_tiny --seeds 2 3 4
     python tests/benchmarks/bench_learning.py --out /tmp/learning --show
     ... --set reward=compressibility --set evaluation.rewards=[taste]     (the same for all configs)
     ... --configs draft_tiny "draft_tiny algorithm.preset=refl"     (settings of one of them)
